@@ -1,0 +1,71 @@
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "sampling.h"
+
+namespace pronghorn {
+
+namespace {
+
+// One row of a buffer of float32 [rows, vocabulary].
+const float* row_of(const Bytes& logits, i64 row, i64 vocabulary) {
+  if (vocabulary < 1 || row < 0 || (row + 1) * vocabulary > logits.size<float>())
+    throw std::out_of_range("no such row of logits");
+  return logits.data<const float>() + row * vocabulary;
+}
+
+i64 choose_row(const Sampling& sampling, nb::handle logits, i64 row, i64 vocabulary, nb::handle history, i64 n_prompt) {
+  const Bytes values(logits), ids(history);
+  const float* x = row_of(values, row, vocabulary);
+  const nb::gil_scoped_release release;
+  return choose(sampling, x, vocabulary, {ids.data<const std::int32_t>(), n_prompt, ids.size<std::int32_t>()});
+}
+
+std::vector<std::pair<i64, double>> log_probabilities_of_row(nb::handle logits, i64 row, i64 vocabulary, i64 chosen,
+                                                             i64 n_top) {
+  const Bytes values(logits);
+  const float* x = row_of(values, row, vocabulary);
+  const nb::gil_scoped_release release;
+  return log_probabilities(x, vocabulary, chosen, n_top);
+}
+
+}  // namespace
+
+void bind_sampling(nb::module_& m) {
+  using Ids = std::vector<std::int32_t>;
+  nb::class_<Sampling>(m, "Sampler")
+      .def(
+          "__init__",
+          [](Sampling* self, double temperature, i64 top_k, double top_p, double min_p, float repetition_penalty,
+             float presence_penalty, float frequency_penalty, std::uint64_t seed,
+             std::vector<std::pair<std::int32_t, float>> logit_bias, Ids withheld, i64 min_tokens) {
+            new (self) Sampling{temperature,
+                                top_k,
+                                top_p,
+                                min_p,
+                                repetition_penalty,
+                                presence_penalty,
+                                frequency_penalty,
+                                seed,
+                                std::move(logit_bias),
+                                std::move(withheld),
+                                min_tokens};
+          },
+          nb::kw_only(), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
+          nb::arg("repetition_penalty"), nb::arg("presence_penalty"), nb::arg("frequency_penalty"), nb::arg("seed"),
+          nb::arg("logit_bias"), nb::arg("withheld"), nb::arg("min_tokens"))
+      .def("choose", &choose_row, nb::arg("logits"), nb::arg("row"), nb::arg("vocabulary"), nb::arg("history"),
+           nb::arg("n_prompt"));
+  m.def("log_probabilities", &log_probabilities_of_row, nb::arg("logits"), nb::arg("row"), nb::arg("vocabulary"),
+        nb::arg("chosen"), nb::arg("n_top"));
+  m.def(
+      "philox",
+      [](std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint64_t key) {
+        const auto words = philox({c0, c1, c2, c3}, key);
+        return nb::make_tuple(words[0], words[1], words[2], words[3]);
+      },
+      "Four words of the generator, for tests.");
+}
+
+}  // namespace pronghorn

@@ -1,0 +1,128 @@
+// Which kernels this machine can run, and the floating-point environment that they run in.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <xmmintrin.h>
+#endif
+
+namespace pronghorn {
+
+namespace generic {
+extern const Kernels table;
+}
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Kernels table;
+}
+namespace amx {
+extern const Kernels table;
+}
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+
+struct Cpu {
+  bool avx512 = false, amx = false;
+
+  Cpu() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    const auto bit = [](unsigned word, int n) { return (word >> n & 1) != 0; };
+    const bool instructions = bit(b, 5) && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31) && bit(c, 11);
+    const bool tiles = bit(d, 22) && bit(d, 24) && bit(d, 25);
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return;  // OSXSAVE: XGETBV may be asked
+    const bool fma_f16c = bit(c, 12) && bit(c, 29);
+    unsigned low, high;
+    asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    avx512 = instructions && fma_f16c && (low & 0xe6) == 0xe6;
+    amx = avx512 && tiles && (low & 0x60000) == 0x60000 && permit_tiles();
+  }
+
+  // Linux gives the tiles' state only to processes that ask, before their other threads start.
+  static bool permit_tiles() {
+#if defined(__linux__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+  }
+};
+
+#endif
+
+struct Available {
+  const Kernels* list[4] = {};
+  int count = 0;
+
+  Available() {
+#if defined(__x86_64__)
+    const Cpu cpu;
+#ifdef PRONGHORN_EMULATE_AMX
+    if (cpu.avx512) list[count++] = &amx::table;
+#else
+    if (cpu.amx) list[count++] = &amx::table;
+#endif
+    if (cpu.avx512) list[count++] = &avx512::table;
+#endif
+    list[count++] = &generic::table;
+  }
+};
+
+const Available& available() {
+  static const Available found;
+  return found;
+}
+
+}  // namespace
+
+const Kernels* const* available_kernels() { return available().list; }
+
+const Kernels* kernels_named(const char* name) {
+  for (const Kernels* const* k = available_kernels(); *k; k++)
+    if (std::strcmp((*k)->isa, name) == 0) return *k;
+  return nullptr;
+}
+
+const Kernels& chosen_kernels() {
+  const char* name = std::getenv("PRONGHORN_ISA");
+  if (!name || !*name) return **available_kernels();
+  if (const Kernels* k = kernels_named(name)) return *k;
+  std::string all;
+  for (const Kernels* const* k = available_kernels(); *k; k++) all += (all.empty() ? "" : ", ") + std::string((*k)->isa);
+  throw std::runtime_error("PRONGHORN_ISA=" + std::string(name) + " is not an instruction set of this machine (it has " +
+                           all + ")");
+}
+
+#if defined(__x86_64__)
+
+FloatEnvironment::FloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x9fc0); }  // FTZ, DAZ, nearest, all masked
+FloatEnvironment::~FloatEnvironment() { _mm_setcsr(static_cast<unsigned>(saved_)); }
+
+#elif defined(__aarch64__)
+
+FloatEnvironment::FloatEnvironment() {
+  asm volatile("mrs %0, fpcr" : "=r"(saved_));
+  const std::uint64_t flush_to_zero = 1u << 24;
+  asm volatile("msr fpcr, %0" ::"r"(flush_to_zero));
+}
+FloatEnvironment::~FloatEnvironment() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+#else
+
+FloatEnvironment::FloatEnvironment() : saved_(0) {}
+FloatEnvironment::~FloatEnvironment() = default;
+
+#endif
+
+}  // namespace pronghorn

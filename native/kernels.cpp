@@ -1,0 +1,833 @@
+// The kernels, compiled once per instruction set (see CMakeLists.txt). The contract is in kernels.h.
+//
+// How one answer is kept: an output's terms are added in an order that its weights' shape alone fixes.
+//   f32, f16 [out, in]:  16 partial sums, one a lane, input i in lane i % 16; then the tree of lanes_sum.
+//   f32, f16 [in, out]:  one chain an output, inputs ascending.
+//   bf16:                TDPBF16PS's: for 32 inputs an even and an odd chain from zero, added, then added to the sum.
+//   int8, int4:          exact integer sums of a group, then one float chain over the groups, ascending.
+#include "kernels.h"
+
+#if PRONGHORN_ISA_avx512
+#define PRONGHORN_NAMESPACE avx512
+#elif PRONGHORN_ISA_amx
+#define PRONGHORN_NAMESPACE amx
+#else
+#define PRONGHORN_NAMESPACE generic
+#endif
+#define PRONGHORN_STRING_(x) #x
+#define PRONGHORN_STRING(x) PRONGHORN_STRING_(x)
+
+#include "simd.h"
+#if PRONGHORN_ISA_amx
+#include "tiles.h"
+#endif
+
+namespace pronghorn {
+namespace PRONGHORN_NAMESPACE {
+namespace {
+
+inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+inline i64 larger(i64 a, i64 b) { return a > b ? a : b; }
+
+// Calls f with N as a compile-time constant, so that a kernel's accumulators stay in registers.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <int Max, typename Function>
+inline void with_count(i64 n, const Function& f) {
+  if constexpr (Max > 1) {
+    if (n < Max) return with_count<Max - 1>(n, f);
+  }
+  f(Count<Max>{});
+}
+
+// ---- activations -------------------------------------------------------------------------------------------------
+
+inline F activate(Activation activation, F x) {
+  switch (activation) {
+    case Activation::gelu: {  // x/2 erfc(-x / sqrt 2)
+      const F half = set(0.5f) * erfc_positive(absolute(x) * set(0.70710678f));
+      return x * if_less(x, zero(), half, set(1) - half);
+    }
+    case Activation::gelu_new: {  // (1 + tanh u) / 2 = sigmoid(2u)
+      const F u = set(1.59576912f) * fma(set(0.044715f) * x * x, x, x);
+      return x * sigmoid(u);
+    }
+    case Activation::silu:
+      return x * sigmoid(x);
+    case Activation::relu:
+      return max(zero(), x);
+    default:
+      return x;
+  }
+}
+
+// What follows a matrix product, for outputs [o, o + n) of a row: bias, activation, residual.
+inline void finish(const Linear& l, i64 row, i64 o, i64 n, F sum) {
+  if (l.bias) sum = sum + load_first(l.bias + o, n);
+  sum = activate(l.activation, sum);
+  if (l.residual) sum = sum + load_first(l.residual + row * l.residual_stride + o, n);
+  store_first(l.y + row * l.y_stride + o, sum, n);
+}
+
+// ---- f32 and f16 -------------------------------------------------------------------------------------------------
+
+struct F32 {
+  using Element = float;
+  static F get(const float* p) { return load(p); }
+  static F get_first(const float* p, i64 n) { return load_first(p, n); }
+};
+struct F16 {
+  using Element = u16;
+  static F get(const u16* p) { return load_f16(p); }
+  static F get_first(const u16* p, i64 n) { return load_f16_first(p, n); }
+};
+
+// [out, in]: R rows times O outputs, lanes are inputs; the sums go to out[r][0..O).
+template <typename T, int R, int O>
+inline void dot_rows(const float* x, i64 x_stride, const typename T::Element* w, i64 n_in, float* out, i64 out_stride) {
+  F sum[R][O];
+  for (auto& row : sum)
+    for (F& s : row) s = zero();
+  i64 i = 0;
+  for (; i + kLanes <= n_in; i += kLanes) {
+    F wi[O];
+    for (int o = 0; o < O; o++) wi[o] = T::get(w + o * n_in + i);
+    for (int r = 0; r < R; r++) {
+      const F xi = load(x + r * x_stride + i);
+      for (int o = 0; o < O; o++) sum[r][o] = fma(xi, wi[o], sum[r][o]);
+    }
+  }
+  if (i < n_in) {
+    for (int o = 0; o < O; o++) {
+      const F wi = T::get_first(w + o * n_in + i, n_in - i);
+      for (int r = 0; r < R; r++) sum[r][o] = fma(load_first(x + r * x_stride + i, n_in - i), wi, sum[r][o]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int o = 0; o < O; o++) out[r * out_stride + o] = lanes_sum(sum[r][o]);
+}
+
+template <typename T>
+void linear_out_in(const Linear& l, i64 begin, i64 end) {
+  const i64 n_in = l.w->n_in;
+  const auto* w = reinterpret_cast<const typename T::Element*>(l.w->data);
+  constexpr i64 kRows = 4, kBlock = 64;  // a block of outputs stays in the second cache while all rows pass
+  for (i64 block = begin; block < end; block += kBlock) {
+    const i64 block_end = smaller(end, block + kBlock);
+    for (i64 row = 0; row < l.n_rows; row += kRows) {
+      const i64 rows = smaller(kRows, l.n_rows - row);
+      const float* x = l.in.x + row * l.in.x_stride;
+      for (i64 o = block; o < block_end; o += kPanel) {
+        const i64 n = smaller(kPanel, block_end - o);
+        alignas(64) float sums[kRows][kPanel];
+        with_count<kRows>(rows, [&](auto count) {
+          constexpr int R = decltype(count)::value, O = R == 1 ? 8 : 4;
+          i64 j = 0;
+          for (; j + O <= n; j += O) dot_rows<T, R, O>(x, l.in.x_stride, w + (o + j) * n_in, n_in, &sums[0][j], kPanel);
+          for (; j < n; j++) dot_rows<T, R, 1>(x, l.in.x_stride, w + (o + j) * n_in, n_in, &sums[0][j], kPanel);
+        });
+        for (i64 r = 0; r < rows; r++) finish(l, row + r, o, n, load_first(sums[r], n));
+      }
+    }
+  }
+}
+
+// [in, out]: lanes are outputs. A strip of outputs at a time; its sums wait in `scratch` between blocks of inputs.
+template <typename T>
+void linear_in_out(const Linear& l, i64 begin, i64 end, float* scratch) {
+  const i64 n_in = l.w->n_in, n_out = l.w->n_out;
+  const auto* w = reinterpret_cast<const typename T::Element*>(l.w->data);
+  constexpr i64 kRows = 4, kInputs = 8;
+  const i64 strip = l.n_rows == 1 ? 4096 : 128;
+  constexpr i64 kMany = 512;  // rows whose sums fit into the scratch memory
+  for (i64 o = begin; o < end; o += strip) {
+    const i64 n = smaller(strip, end - o), width = round_up(n, kLanes);
+    for (i64 first_row = 0; first_row < l.n_rows; first_row += kMany) {
+      const i64 n_rows = smaller(kMany, l.n_rows - first_row);
+      std::memset(scratch, 0, size_t(n_rows * width) * sizeof(float));
+      for (i64 i = 0; i < n_in; i += kInputs) {
+        const i64 inputs = smaller(kInputs, n_in - i);
+        for (i64 row = 0; row < n_rows; row += kRows) {
+          with_count<kRows>(smaller(kRows, n_rows - row), [&](auto count) {
+            constexpr int R = decltype(count)::value;
+            const float* x = l.in.x + (first_row + row) * l.in.x_stride + i;
+            float* sums = scratch + row * width;
+            for (i64 v = 0; v < n; v += kLanes) {
+              F sum[R];
+              for (int r = 0; r < R; r++) sum[r] = load(sums + r * width + v);
+              const auto* p = w + i * n_out + o + v;
+              const i64 lanes = smaller(kLanes, n - v);
+              for (i64 j = 0; j < inputs; j++, p += n_out) {
+                const F wj = lanes == kLanes ? T::get(p) : T::get_first(p, lanes);
+                for (int r = 0; r < R; r++) sum[r] = fma(set(x[r * l.in.x_stride + j]), wj, sum[r]);
+              }
+              for (int r = 0; r < R; r++) store(sums + r * width + v, sum[r]);
+            }
+          });
+        }
+      }
+      for (i64 r = 0; r < n_rows; r++)
+        for (i64 v = 0; v < n; v += kLanes)
+          finish(l, first_row + r, o + v, smaller(kLanes, n - v), load(scratch + r * width + v));
+    }
+  }
+}
+
+// ---- bf16 --------------------------------------------------------------------------------------------------------
+
+// 32 inputs of a panel of 16 outputs as pairs: out[j] has inputs (2j, 2j + 1) of each output; zero past the edges.
+inline void load_pairs(const Matrix& w, i64 i, i64 o, I out[16]) {
+  const auto* data = reinterpret_cast<const u16*>(w.data);
+  const i64 inputs = smaller(32, w.n_in - i), outputs = smaller(kPanel, w.n_out - o);
+  if (w.order == Order::out_in) {
+    for (i64 r = 0; r < 16; r++) out[r] = r < outputs ? load_pairs_first(data + (o + r) * w.n_in + i, inputs) : zero_int();
+    transpose(out);
+  } else {
+    for (i64 j = 0; j < 16; j++) {
+      alignas(64) u16 pairs[32] = {};
+      for (i64 half = 0; half < 2 && 2 * j + half < inputs; half++) {
+        const u16* p = data + (i + 2 * j + half) * w.n_out + o;
+        for (i64 r = 0; r < outputs; r++) std::memcpy(&pairs[2 * r + half], p + r, 2);
+      }
+      std::memcpy(&out[j], pairs, sizeof pairs);
+    }
+  }
+}
+
+#if PRONGHORN_ISA_amx
+
+void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
+  // Two panels of weights as pairs, then 16 rows of each of four tiles of sums.
+  const i64 n_in = l.w->n_in, blocks = div_up(n_in, 32);
+  constexpr i64 kBlocks = kMaxInputs / 32;  // two panels are the whole of the scratch memory
+  static_assert(2 * kBlocks * 1024 <= kScratch);
+  auto* panels = static_cast<u8*>(scratch);
+  const auto* x = static_cast<const u16*>(l.in.values);
+  alignas(64) float sums[16][kPanel];
+  TileShapes shapes;
+  for (int t = 0; t < 8; t++) shapes.set(t, 16, 64);
+  tiles_begin(shapes);
+  for (i64 o = begin; o < end; o += 2 * kPanel) {
+    const i64 n_panels = o + kPanel < end ? 2 : 1;
+    for (i64 p = 0; p < n_panels; p++)
+      for (i64 b = 0; b < blocks; b++) {
+        I pairs[16];
+        load_pairs(*l.w, 32 * b, o + p * kPanel, pairs);
+        std::memcpy(panels + (p * kBlocks + b) * 1024, pairs, 1024);
+      }
+    for (i64 row = 0; row < l.n_rows; row += 32) {
+      const bool two_rows = row + 16 < l.n_rows, two_panels = n_panels == 2;
+      tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+      for (i64 b = 0; b < blocks; b++) {
+        tile_load<4>(x + row * l.in.stride + 32 * b, l.in.stride * 2);
+        if (two_rows) tile_load<5>(x + (row + 16) * l.in.stride + 32 * b, l.in.stride * 2);
+        tile_load<6>(panels + b * 1024, 64);
+        if (two_panels) tile_load<7>(panels + (kBlocks + b) * 1024, 64);
+        tile_dot_bf16<0, 4, 6>();
+        if (two_panels) tile_dot_bf16<1, 4, 7>();
+        if (two_rows) tile_dot_bf16<2, 5, 6>();
+        if (two_rows && two_panels) tile_dot_bf16<3, 5, 7>();
+      }
+      const auto write = [&](i64 first_row, i64 first_output) {
+        const i64 n = smaller(kPanel, end - first_output);
+        for (i64 r = 0; r < smaller(16, l.n_rows - first_row); r++)
+          finish(l, first_row + r, first_output, n, load_first(sums[r], n));
+      };
+      tile_store<0>(sums, 64), write(row, o);
+      if (two_panels) tile_store<1>(sums, 64), write(row, o + kPanel);
+      if (two_rows) tile_store<2>(sums, 64), write(row + 16, o);
+      if (two_rows && two_panels) tile_store<3>(sums, 64), write(row + 16, o + kPanel);
+    }
+  }
+  tiles_end();
+}
+
+#else
+
+void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
+  constexpr i64 kRows = 4, kMany = 32;  // rows whose inputs stay in the second cache while a panel passes
+  const i64 n_in = l.w->n_in, width = round_up(n_in, 32);
+  auto* x = static_cast<float*>(scratch);          // [kMany][width], widened
+  const i64 many = larger(1, smaller(kMany, kScratch / 8 / (width * 4)));
+  auto* sums = x + many * width;                   // [many][kPanel]
+  for (i64 first_row = 0; first_row < l.n_rows; first_row += many) {
+    const i64 n_rows = smaller(many, l.n_rows - first_row);
+    const auto* values = static_cast<const u16*>(l.in.values) + first_row * l.in.stride;
+    for (i64 r = 0; r < n_rows; r++)
+      for (i64 i = 0; i < width; i += kLanes) store(x + r * width + i, load_bf16(values + r * l.in.stride + i));
+    for (i64 o = begin; o < end; o += kPanel) {
+      std::memset(sums, 0, size_t(n_rows * kPanel) * sizeof(float));
+      for (i64 i = 0; i < n_in; i += 32) {
+        I pairs[16];
+        load_pairs(*l.w, i, o, pairs);
+        for (i64 row = 0; row < n_rows; row += kRows) {
+          with_count<kRows>(smaller(kRows, n_rows - row), [&](auto count) {
+            constexpr int R = decltype(count)::value;
+            const float* xi = x + row * width + i;
+            F even[R], odd[R];
+            for (int r = 0; r < R; r++) even[r] = odd[r] = zero();
+            for (int j = 0; j < 16; j++) {
+              const F we = even_halves(pairs[j]), wo = odd_halves(pairs[j]);
+              for (int r = 0; r < R; r++) {
+                even[r] = fma(set(xi[r * width + 2 * j]), we, even[r]);
+                odd[r] = fma(set(xi[r * width + 2 * j + 1]), wo, odd[r]);
+              }
+            }
+            for (int r = 0; r < R; r++) {
+              float* sum = sums + (row + r) * kPanel;
+              store(sum, load(sum) + (even[r] + odd[r]));
+            }
+          });
+        }
+      }
+      const i64 n = smaller(kPanel, end - o);
+      for (i64 r = 0; r < n_rows; r++) finish(l, first_row + r, o, n, load_first(sums + r * kPanel, n));
+    }
+  }
+}
+
+#endif
+
+// ---- int8 and int4 -----------------------------------------------------------------------------------------------
+
+inline F load_scales(const Matrix& w, const u8* panel, i64 g) {
+  return w.group == 0 ? load(reinterpret_cast<const float*>(panel)) : load_f16(panel + g * kPanel * 2);
+}
+
+// Adds one group's part to a row's sums: the integers `dots` (of stored weights, unsigned) and `sum` (of inputs).
+inline F add_group(const Matrix& w, F scales, F minima, I dots, float scale, i32 sum, F total) {
+  if (w.format == Format::int8)  // w = scale (stored - 128)
+    return fma(to_float(add_int(dots, set_int(-128 * sum))), scales * set(scale), total);
+  if (w.symmetric)  // w = scale (q - 8)
+    return fma(to_float(add_int(dots, set_int(-8 * sum))), scales * set(scale), total);
+  total = fma(to_float(dots), scales * set(scale), total);  // w = scale q + minimum
+  return fma(minima, set(scale * float(sum)), total);
+}
+
+// The integers of one group: R rows times the group's `n` units of 64 bytes, a unit being 4 inputs in 8 bits, or 8
+// inputs in 4 bits.
+template <bool Nibbles, int R>
+inline void group_dots(const u8* w, const std::int8_t* x, i64 x_stride, i64 n, I dots[R]) {
+  constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;  // integers may be added in any order
+  I sum[kChains][R];
+  for (auto& chain : sum)
+    for (I& s : chain) s = zero_int();
+  const auto quad = [&](int r, i64 q) {
+    i32 v;
+    std::memcpy(&v, x + r * x_stride + 4 * q, 4);
+    return v;
+  };
+  const auto unit = [&](i64 u, int chain) {
+    const Quads v = load_quads(w + 64 * u);
+    for (int r = 0; r < R; r++) {
+      I& s = sum[chain][r];
+      if constexpr (Nibbles) {
+        s = dot(s, low_nibbles(v), quad(r, 2 * u));
+        s = dot(s, high_nibbles(v), quad(r, 2 * u + 1));
+      } else {
+        s = dot(s, v, quad(r, u));
+      }
+    }
+  };
+  i64 u = 0;
+  for (; u + kChains <= n; u += kChains)
+    for (int c = 0; c < kChains; c++) unit(u + c, c);
+  for (; u < n; u++) unit(u, 0);
+  for (int r = 0; r < R; r++) {
+    dots[r] = sum[0][r];
+    for (int c = 1; c < kChains; c++) dots[r] = add_int(dots[r], sum[c][r]);
+  }
+}
+
+template <bool Nibbles>
+void linear_quantized(const Linear& l, i64 begin, i64 end) {
+  const Matrix& w = *l.w;
+  const PanelLayout layout = panel_layout(w.format, w.n_in, w.group, w.symmetric);
+  const i64 group = w.group ? w.group : round_up(w.n_in, 4), unit = Nibbles ? 8 : 4;
+  constexpr i64 kRows = 4;
+  for (i64 o = begin; o < end; o += kPanel) {
+    const u8* panel = w.data + o / kPanel * layout.size;
+    const i64 n = smaller(kPanel, end - o);
+    for (i64 row = 0; row < l.n_rows; row += kRows) {
+      with_count<kRows>(smaller(kRows, l.n_rows - row), [&](auto count) {
+        constexpr int R = decltype(count)::value;
+        const auto* x = static_cast<const std::int8_t*>(l.in.values) + row * l.in.stride;
+        F total[R];
+        for (F& t : total) t = zero();
+        for (i64 g = 0; g < layout.n_groups; g++) {
+          const i64 inputs = smaller(group, w.n_in - g * group);
+          I dots[R];
+          group_dots<Nibbles, R>(panel + layout.values + g * (group / unit) * 64, x + g * group, l.in.stride,
+                                 div_up(inputs, unit), dots);
+          const F scales = load_scales(w, panel, g);
+          const F minima = Nibbles && !w.symmetric ? load_f16(panel + layout.minima + g * kPanel * 2) : zero();
+          for (int r = 0; r < R; r++) {
+            const i64 at = (row + r) * layout.n_groups + g;
+            total[r] = add_group(w, scales, minima, dots[r], l.in.scales[at], l.in.sums[at], total[r]);
+          }
+        }
+        for (int r = 0; r < R; r++) finish(l, row + r, o, n, total[r]);
+      });
+    }
+  }
+}
+
+#if PRONGHORN_ISA_amx
+
+// The same on tiles: 16 rows times one panel; integers are exact, so the result is the same to the bit.
+template <bool Nibbles>
+void linear_quantized_tiles(const Linear& l, i64 begin, i64 end, void* scratch) {
+  const Matrix& w = *l.w;
+  const PanelLayout layout = panel_layout(w.format, w.n_in, w.group, w.symmetric);
+  const i64 group = w.group ? w.group : round_up(w.n_in, 4), unit = Nibbles ? 8 : 4;
+  const i64 step = smaller(64, group);  // inputs in a tile; zeros in x make what lies past a group's end vanish
+  auto* totals = static_cast<float*>(scratch);               // [rows][kPanel]
+  auto* unpacked = static_cast<u8*>(scratch) + kScratch / 2;  // a panel's group in 8 bits
+  alignas(64) i32 dots[2][16][kPanel];
+  TileShapes shapes;
+  for (int t = 0; t < 2; t++) shapes.set(t, 16, 64);
+  for (int t = 2; t < 4; t++) shapes.set(t, 16, step);
+  shapes.set(4, step / 4, 64);
+  constexpr i64 kMany = 512;
+  tiles_begin(shapes);
+  for (i64 o = begin; o < end; o += kPanel) {
+    const u8* panel = w.data + o / kPanel * layout.size;
+    const i64 n = smaller(kPanel, end - o);
+    for (i64 first_row = 0; first_row < l.n_rows; first_row += kMany) {
+      const i64 n_rows = smaller(kMany, l.n_rows - first_row);
+      const auto* x = static_cast<const std::int8_t*>(l.in.values) + first_row * l.in.stride;
+      std::memset(totals, 0, size_t(n_rows * kPanel) * sizeof(float));
+      for (i64 g = 0; g < layout.n_groups; g++) {
+        const i64 inputs = smaller(group, w.n_in - g * group);
+        const u8* values = panel + layout.values + g * (group / unit) * 64;
+        if constexpr (Nibbles) {
+          for (i64 u = 0; u < div_up(inputs, 8); u++) {
+            const Quads v = load_quads(values + 64 * u);
+            store_quads(unpacked + 128 * u, low_nibbles(v));
+            store_quads(unpacked + 128 * u + 64, high_nibbles(v));
+          }
+          values = unpacked;
+        }
+        const F scales = load_scales(w, panel, g);
+        const F minima = Nibbles && !w.symmetric ? load_f16(panel + layout.minima + g * kPanel * 2) : zero();
+        for (i64 row = 0; row < n_rows; row += 32) {
+          const bool two = row + 16 < n_rows;
+          tile_zero<0>(), tile_zero<1>();
+          for (i64 i = 0; i < inputs; i += step) {
+            tile_load<4>(values + i / 4 * 64, 64);
+            tile_load<2>(x + row * l.in.stride + g * group + i, l.in.stride);
+            tile_dot_su8<0, 2, 4>();
+            if (!two) continue;
+            tile_load<3>(x + (row + 16) * l.in.stride + g * group + i, l.in.stride);
+            tile_dot_su8<1, 3, 4>();
+          }
+          tile_store<0>(dots[0], 64);
+          if (two) tile_store<1>(dots[1], 64);
+          for (i64 r = 0; r < smaller(32, n_rows - row); r++) {
+            const i64 at = (first_row + row + r) * layout.n_groups + g;
+            float* total = totals + (row + r) * kPanel;
+            store(total, add_group(w, scales, minima, load_int(dots[r / 16][r % 16]), l.in.scales[at], l.in.sums[at],
+                                   load(total)));
+          }
+        }
+      }
+      for (i64 r = 0; r < n_rows; r++) finish(l, first_row + r, o, n, load(totals + r * kPanel));
+    }
+  }
+  tiles_end();
+}
+
+#endif
+
+void linear(const Linear& l, i64 begin, i64 end, void* scratch) {
+  const bool in_out = l.w->order == Order::in_out;
+  auto* floats = static_cast<float*>(scratch);
+  switch (l.w->format) {
+    case Format::f32:
+      return in_out ? linear_in_out<F32>(l, begin, end, floats) : linear_out_in<F32>(l, begin, end);
+    case Format::f16:
+      return in_out ? linear_in_out<F16>(l, begin, end, floats) : linear_out_in<F16>(l, begin, end);
+    case Format::bf16:
+      return linear_bf16(l, begin, end, scratch);
+    case Format::int8:
+    case Format::int4:
+      break;
+  }
+  const bool nibbles = l.w->format == Format::int4;
+#if PRONGHORN_ISA_amx
+  if (l.n_rows >= 4) {
+    return nibbles ? linear_quantized_tiles<true>(l, begin, end, scratch)
+                   : linear_quantized_tiles<false>(l, begin, end, scratch);
+  }
+#endif
+  return nibbles ? linear_quantized<true>(l, begin, end) : linear_quantized<false>(l, begin, end);
+}
+
+// ---- a linear's input in its weights' form -----------------------------------------------------------------------
+
+void quantize_rows(const float* x, i64 x_stride, i64 n_in, i64 group, std::int8_t* values, i64 stride, float* scales,
+                   std::int32_t* sums, i64 begin, i64 end) {
+  if (group == 0) group = n_in;
+  const i64 n_groups = div_up(n_in, group);
+  for (i64 row = begin; row < end; row++) {
+    const float* xr = x + row * x_stride;
+    std::int8_t* out = values + row * stride;
+    for (i64 g = 0; g < n_groups; g++) {
+      const i64 first_input = g * group, last = smaller(n_in, first_input + group);
+      F largest = zero();
+      for (i64 i = first_input; i < last; i += kLanes)
+        largest = max(absolute(load_first(xr + i, smaller(kLanes, last - i))), largest);
+      const float top = lanes_max(largest), inverse = top > 0 ? 127 / top : 0;
+      i32 sum = 0;
+      for (i64 i = first_input; i < last; i += kLanes) {
+        const i64 n = smaller(kLanes, last - i);
+        sum += store_int8_first(out + i, load_first(xr + i, n) * set(inverse), n);
+      }
+      scales[row * n_groups + g] = top / 127;
+      sums[row * n_groups + g] = sum;
+    }
+    std::memset(out + n_in, 0, size_t(stride - n_in));
+  }
+}
+
+void round_rows(const float* x, i64 x_stride, i64 n_in, std::uint16_t* values, i64 stride, i64 begin, i64 end) {
+  for (i64 row = begin; row < end; row++) {
+    for (i64 i = 0; i < n_in; i += kLanes) {
+      const i64 n = smaller(kLanes, n_in - i);
+      store_bf16_first(values + row * stride + i, load_first(x + row * x_stride + i, n), n);
+    }
+    std::memset(values + row * stride + n_in, 0, size_t(stride - n_in) * 2);
+  }
+}
+
+// ---- rows --------------------------------------------------------------------------------------------------------
+
+// One row of a table, 16 inputs from i on.
+inline F table_values(const Matrix& w, i64 row, i64 i, i64 n) {
+  switch (w.format) {
+    case Format::f32:
+      return load_first(reinterpret_cast<const float*>(w.data) + row * w.n_in + i, n);
+    case Format::f16:
+      return load_f16_first(w.data + (row * w.n_in + i) * 2, n);
+    case Format::bf16:
+      return load_bf16_first(w.data + (row * w.n_in + i) * 2, n);
+    default:
+      break;
+  }
+  const PanelLayout layout = panel_layout(w.format, w.n_in, w.group, w.symmetric);
+  const u8* panel = w.data + row / kPanel * layout.size;
+  const i64 lane = row % kPanel, group = w.group ? w.group : w.n_in;
+  const auto half = [&](const u8* p, i64 g) {
+    u16 v;
+    std::memcpy(&v, p + (g * kPanel + lane) * 2, 2);
+    return from_f16(v);
+  };
+  alignas(64) float out[kLanes] = {};
+  for (i64 k = 0; k < n; k++) {
+    const i64 input = i + k, g = input / group, at = input % group;
+    if (w.format == Format::int8) {
+      float scale;
+      if (w.group == 0) std::memcpy(&scale, panel + lane * 4, 4);
+      else scale = half(panel, g);
+      out[k] = scale * float(i32(panel[layout.values + input / 4 * 64 + lane * 4 + input % 4]) - 128);
+    } else {
+      const u8 byte = panel[layout.values + (g * (group / 8) + at / 8) * 64 + lane * 4 + at % 4];
+      const float q = float(at % 8 < 4 ? byte & 15 : byte >> 4), scale = half(panel, g);
+      out[k] = w.symmetric ? scale * (q - 8) : scale * q + half(panel + layout.minima, g);
+    }
+  }
+  return load(out);
+}
+
+void embed(const Matrix& table, const std::int32_t* ids, float* y, i64 y_stride, bool add, i64 begin, i64 end) {
+  for (i64 row = begin; row < end; row++)
+    for (i64 i = 0; i < table.n_in; i += kLanes) {
+      const i64 n = smaller(kLanes, table.n_in - i);
+      float* out = y + row * y_stride + i;
+      const F v = table_values(table, ids[row], i, n);
+      store_first(out, add ? load_first(out, n) + v : v, n);
+    }
+}
+
+void layer_norm(const float* x, i64 x_stride, const float* weight, const float* bias, float eps, i64 width, float* y,
+                i64 y_stride, i64 begin, i64 end) {
+  for (i64 row = begin; row < end; row++) {
+    const float* xr = x + row * x_stride;
+    F sum = zero();
+    for (i64 i = 0; i < width; i += kLanes) sum = sum + load_first(xr + i, smaller(kLanes, width - i));
+    const F mean = set(lanes_sum(sum) / float(width));
+    F squares = zero();
+    for (i64 i = 0; i < width; i += kLanes) {
+      const i64 n = smaller(kLanes, width - i);
+      const F d = keep_first(load_first(xr + i, n) - mean, n);
+      squares = fma(d, d, squares);
+    }
+    const F scale = set(1) / square_root(set(lanes_sum(squares) / float(width) + eps));
+    for (i64 i = 0; i < width; i += kLanes) {
+      const i64 n = smaller(kLanes, width - i);
+      const F shift = bias ? load_first(bias + i, n) : zero();
+      const F normal = (load_first(xr + i, n) - mean) * scale;
+      store_first(y + row * y_stride + i, fma(normal, load_first(weight + i, n), shift), n);
+    }
+  }
+}
+
+void rms_norm(const float* x, i64 x_stride, const float* weight, float eps, i64 width, i64 runs, float* y, i64 y_stride,
+              i64 begin, i64 end) {
+  for (i64 item = begin * runs; item < end * runs; item++) {
+    const float* xr = x + item / runs * x_stride + item % runs * width;
+    float* yr = y + item / runs * y_stride + item % runs * width;
+    F squares = zero();
+    for (i64 i = 0; i < width; i += kLanes) {
+      const F v = load_first(xr + i, smaller(kLanes, width - i));
+      squares = fma(v, v, squares);
+    }
+    const F scale = set(1) / square_root(set(lanes_sum(squares) / float(width) + eps));
+    for (i64 i = 0; i < width; i += kLanes) {
+      const i64 n = smaller(kLanes, width - i);
+      store_first(yr + i, load_first(xr + i, n) * scale * load_first(weight + i, n), n);
+    }
+  }
+}
+
+void gate(const float* g, i64 g_stride, const float* up, i64 up_stride, Activation activation, i64 width, float* y,
+          i64 y_stride, i64 begin, i64 end) {
+  for (i64 row = begin; row < end; row++)
+    for (i64 i = 0; i < width; i += kLanes) {
+      const i64 n = smaller(kLanes, width - i);
+      const F a = activate(activation, load_first(g + row * g_stride + i, n));
+      store_first(y + row * y_stride + i, a * load_first(up + row * up_stride + i, n), n);
+    }
+}
+
+void add(const float* x, i64 x_stride, const float* z, i64 z_stride, i64 width, float* y, i64 y_stride, i64 begin,
+         i64 end) {
+  for (i64 row = begin; row < end; row++)
+    for (i64 i = 0; i < width; i += kLanes) {
+      const i64 n = smaller(kLanes, width - i);
+      store_first(y + row * y_stride + i, load_first(x + row * x_stride + i, n) + load_first(z + row * z_stride + i, n),
+                  n);
+    }
+}
+
+// ---- attention ---------------------------------------------------------------------------------------------------
+
+void rotate(const Rotation& rotation, float* x, i64 x_stride, i64 n_heads, i64 head_dim, i64 begin, i64 end) {
+  const i64 n = rotation.n_pairs;
+  const i64 step = rotation.interleaved ? 2 : 1, other = rotation.interleaved ? 1 : n;
+  for (i64 row = begin; row < end; row++) {
+    const float *cos = rotation.cos + row * n, *sin = rotation.sin + row * n;
+    for (i64 h = 0; h < n_heads; h++) {
+      float* head = x + row * x_stride + h * head_dim;
+      for (i64 i = 0; i < n; i++) {
+        float &a = head[i * step], &b = head[i * step + other];
+        const float a0 = a, b0 = b;
+        a = a0 * cos[i] - b0 * sin[i];
+        b = b0 * cos[i] + a0 * sin[i];
+      }
+    }
+  }
+}
+
+inline i64 page_of(const Rows& rows, i64 row, i64 position) {
+  return rows.page_table[rows.sequence[row] * rows.table_width + position / kPage];
+}
+
+void store_kv(const KvLayer& kv, const Rows& rows, const float* k, i64 k_stride, const float* v, i64 v_stride, i64 begin,
+              i64 end) {
+  const i64 dim = kv.head_dim;
+  for (i64 row = begin; row < end; row++) {
+    const i64 slot = rows.positions[row] % kPage, page = page_of(rows, row, rows.positions[row]);
+    for (i64 h = 0; h < kv.n_kv_heads; h++) {
+      const i64 base = (page * kv.n_kv_heads + h) * dim * kPage;
+      const float *kh = k + row * k_stride + h * dim, *vh = v + row * v_stride + h * dim;
+      if (kv.format == KvFormat::f32) {
+        for (i64 d = 0; d < dim; d++) static_cast<float*>(kv.keys)[base + d * kPage + slot] = kh[d];
+        std::memcpy(static_cast<float*>(kv.values) + base + slot * dim, vh, size_t(dim) * sizeof(float));
+      } else {
+        for (i64 d = 0; d < dim; d++) static_cast<u16*>(kv.keys)[base + d * kPage + slot] = to_bf16(kh[d]);
+        for (i64 d = 0; d < dim; d++) static_cast<u16*>(kv.values)[base + slot * dim + d] = to_bf16(vh[d]);
+      }
+    }
+  }
+}
+
+struct KvF32 {
+  using Element = float;
+  static F get(const float* p) { return load(p); }
+  static F get_first(const float* p, i64 n) { return load_first(p, n); }
+};
+struct KvBf16 {
+  using Element = u16;
+  static F get(const u16* p) { return load_bf16(p); }
+  static F get_first(const u16* p, i64 n) { return load_bf16_first(p, n); }
+};
+
+// One query head of one row, as it goes through the pages.
+struct Query {
+  const float* q;
+  float* y;
+  i64 begin, end;  // the keys that it sees
+  float largest, sum;
+};
+
+constexpr int kTile = 4;
+
+// One page for T queries that see the same slots [lo, hi) of it: each gets the page's (largest, sum, output), which is
+// merged into what it has. A query's result does not depend on its company.
+template <typename T, int N>
+inline void attend_page(Query* const* queries, const typename T::Element* keys, const typename T::Element* values,
+                        i64 lo, i64 hi, float scale, i64 dim) {
+  F low[N], high[N];
+  for (int t = 0; t < N; t++) low[t] = high[t] = zero();
+  for (i64 d = 0; d < dim; d++) {
+    const F k0 = T::get(keys + d * kPage), k1 = T::get(keys + d * kPage + kLanes);
+    for (int t = 0; t < N; t++) {
+      const F q = set(queries[t]->q[d]);
+      low[t] = fma(q, k0, low[t]);
+      high[t] = fma(q, k1, high[t]);
+    }
+  }
+  alignas(64) float p[N][kPage];
+  float before[N], now[N];
+  constexpr float kNone = -__builtin_inff();
+  for (int t = 0; t < N; t++) {
+    Query& query = *queries[t];
+    low[t] = keep_range(low[t] * set(scale), smaller(lo, kLanes), smaller(hi, kLanes), kNone);
+    high[t] = keep_range(high[t] * set(scale), larger(lo - kLanes, 0), larger(hi - kLanes, 0), kNone);
+    const float top = lanes_max(max(low[t], high[t]));
+    const F shift = set(top);
+    const F p0 = exp(low[t] - shift), p1 = exp(high[t] - shift);
+    store(p[t], p0);
+    store(p[t] + kLanes, p1);
+    const float all = query.largest > top ? query.largest : top;
+    alignas(64) float factors[kLanes] = {query.largest - all, top - all};
+    store(factors, exp(load(factors)));
+    before[t] = factors[0], now[t] = factors[1];
+    query.sum = query.sum * before[t] + lanes_sum(p0 + p1) * now[t];
+    query.largest = all;
+  }
+  for (i64 d = 0; d < dim; d += kLanes) {
+    const i64 n = smaller(kLanes, dim - d);
+    F out[N];
+    for (F& o : out) o = zero();
+    for (i64 s = lo; s < hi; s++) {
+      const F v = n == kLanes ? T::get(values + s * dim + d) : T::get_first(values + s * dim + d, n);
+      for (int t = 0; t < N; t++) out[t] = fma(set(p[t][s]), v, out[t]);
+    }
+    for (int t = 0; t < N; t++) {
+      float* y = queries[t]->y + d;
+      store_first(y, load_first(y, n) * set(before[t]) + out[t] * set(now[t]), n);
+    }
+  }
+}
+
+template <typename T>
+void attend_as(const Attend& a, i64 begin, i64 end) {
+  const i64 dim = a.kv.head_dim, repeat = a.n_heads / a.kv.n_kv_heads;
+  for (i64 item = begin; item < end;) {
+    // Consecutive rows of one sequence under one key head make a tile.
+    const i64 head = item / a.rows.n, row = item % a.rows.n;
+    const i64 limit = smaller(larger(1, kTile / repeat), smaller(end - item, a.rows.n - row));
+    i64 n_rows = 1;
+    while (n_rows < limit && a.rows.sequence[row + n_rows] == a.rows.sequence[row]) n_rows++;
+    item += n_rows;
+    for (i64 first_head = 0; first_head < repeat; first_head += kTile) {
+      const i64 n_heads = smaller(kTile, repeat - first_head), n = n_rows * n_heads;
+      Query queries[kTile];
+      i64 from = INT64_MAX, to = 0;
+      for (i64 t = 0; t < n; t++) {
+        const i64 r = row + t / n_heads, h = head * repeat + first_head + t % n_heads;
+        const i64 last = a.rows.positions[r] + 1;
+        Query& query = queries[t];
+        query = {a.q + r * a.q_stride + h * dim, a.y + r * a.y_stride + h * dim,
+                 a.window ? larger(0, last - a.window) : 0, last, -__builtin_inff(), 0};
+        std::memset(query.y, 0, size_t(dim) * sizeof(float));
+        from = smaller(from, query.begin), to = larger(to, last);
+      }
+      for (i64 start = from / kPage * kPage; start < to; start += kPage) {
+        const i64 base = (page_of(a.rows, row, start) * a.kv.n_kv_heads + head) * dim * kPage;
+        const auto* keys = static_cast<const typename T::Element*>(a.kv.keys) + base;
+        const auto* values = static_cast<const typename T::Element*>(a.kv.values) + base;
+        for (i64 t = 0; t < n;) {
+          const auto lo = [&](i64 i) { return larger(0, queries[i].begin - start); };
+          const auto hi = [&](i64 i) { return smaller(kPage, queries[i].end - start); };
+          Query* same[kTile];
+          i64 count = 0, first_lo = lo(t), first_hi = hi(t);
+          while (t < n && lo(t) == first_lo && hi(t) == first_hi) same[count++] = &queries[t++];
+          if (first_lo >= first_hi) continue;
+          with_count<kTile>(count, [&](auto c) {
+            attend_page<T, decltype(c)::value>(same, keys, values, first_lo, first_hi, a.scale, dim);
+          });
+        }
+      }
+      for (i64 t = 0; t < n; t++) {
+        const F inverse = set(1 / queries[t].sum);
+        for (i64 d = 0; d < dim; d += kLanes) {
+          const i64 lanes = smaller(kLanes, dim - d);
+          store_first(queries[t].y + d, load_first(queries[t].y + d, lanes) * inverse, lanes);
+        }
+      }
+    }
+  }
+}
+
+void attend(const Attend& a, i64 begin, i64 end, void*) {
+  if (a.kv.format == KvFormat::f32) attend_as<KvF32>(a, begin, end);
+  else attend_as<KvBf16>(a, begin, end);
+}
+
+// ---- sampling ----------------------------------------------------------------------------------------------------
+
+i64 arg_max(const float* x, i64 n) {
+  if (n <= 0) return -1;
+  F largest = set(-__builtin_inff());
+  for (i64 i = 0; i < n; i += kLanes) {
+    const i64 lanes = smaller(kLanes, n - i);
+    const F v = load_first(x + i, lanes);
+    largest = max(lanes == kLanes ? v : keep_range(v, 0, lanes, -__builtin_inff()), largest);
+  }
+  const float top = lanes_max(largest);
+  for (i64 i = 0; i < n; i++)
+    if (x[i] == top) return i;
+  return -1;  // nothing but NaN
+}
+
+double sum_exp(const float* x, i64 n, float shift, float scale) {
+  double total = 0;
+  for (i64 chunk = 0; chunk < n; chunk += 1024) {
+    F sum = zero();
+    const i64 last = smaller(n, chunk + 1024);
+    for (i64 i = chunk; i < last; i += kLanes) {
+      const i64 lanes = smaller(kLanes, last - i);
+      sum = sum + keep_first(exp((load_first(x + i, lanes) - set(shift)) * set(scale)), lanes);
+    }
+    total += double(lanes_sum(sum));
+  }
+  return total;
+}
+
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = {
+    PRONGHORN_STRING(PRONGHORN_NAMESPACE),
+    linear,
+    quantize_rows,
+    round_rows,
+    embed,
+    layer_norm,
+    rms_norm,
+    gate,
+    add,
+    rotate,
+    store_kv,
+    attend,
+    arg_max,
+    sum_exp,
+};
+
+}  // namespace PRONGHORN_NAMESPACE
+}  // namespace pronghorn

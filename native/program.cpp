@@ -1,0 +1,421 @@
+#include "program.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+namespace pronghorn {
+
+namespace {
+
+void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
+}  // namespace
+
+// ---- memory ------------------------------------------------------------------------------------------------------
+
+Memory::Memory(i64 size) : size_(size) {
+  if (size == 0) return;
+  void* p = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                 -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  data_ = static_cast<std::uint8_t*>(p);
+}
+Memory::~Memory() {
+  if (data_) munmap(data_, static_cast<size_t>(size_));
+}
+Memory::Memory(Memory&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+Memory& Memory::operator=(Memory&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+KvCache::KvCache(i64 n_layers, i64 n_pages, i64 n_kv_heads, i64 head_dim, KvFormat format)
+    : n_layers_(n_layers), n_pages_(n_pages), n_kv_heads_(n_kv_heads), head_dim_(head_dim), format_(format) {
+  require(n_layers > 0 && n_pages > 0 && n_kv_heads > 0 && head_dim > 0, "a KV cache has at least one of everything");
+  const double elements = double(n_pages) * double(n_kv_heads) * double(head_dim) * double(kPage);
+  require(elements * double(n_layers) < 1e15, "this KV cache is larger than any memory");
+  part_ = round_up(n_pages * n_kv_heads * head_dim * kPage * (format == KvFormat::f32 ? 4 : 2), 4096);
+  memory_ = Memory(n_layers * 2 * part_);
+}
+
+KvLayer KvCache::layer(i64 index) const {
+  std::uint8_t* keys = memory_.data() + index * 2 * part_;
+  return {keys, keys + part_, format_, n_kv_heads_, head_dim_};
+}
+
+// ---- recording ---------------------------------------------------------------------------------------------------
+
+Program::Program(i64 max_tokens, i64 vocab_size)
+    : kernels_(chosen_kernels()), max_tokens_(max_tokens), vocab_size_(vocab_size) {
+  require(max_tokens > 0 && vocab_size > 0, "a program has at least one token");
+}
+
+int Program::add_matrix(const Matrix& m) {
+  require(m.n_out > 0 && m.n_in > 0 && m.n_in <= kMaxInputs, "a matrix has 1 to 65536 inputs, and outputs");
+  const bool packed = m.format == Format::int8 || m.format == Format::int4;
+  require(packed == (m.order == Order::packed), "int8 and int4 are packed, and nothing else is");
+  if (packed) {
+    const bool channel = m.group == 0 && m.format == Format::int8;
+    require(channel || m.group == 32 || (m.group > 0 && m.group % 64 == 0), "groups are of 32 or of a multiple of 64");
+  }
+  matrices_.push_back(m);
+  return static_cast<int>(matrices_.size()) - 1;
+}
+
+int Program::add_vector(const float* data, i64 n) {
+  vectors_.push_back({data, n});
+  return static_cast<int>(vectors_.size()) - 1;
+}
+
+const Program::Vector* Program::vector(int number, i64 n) const {
+  if (number < 0) return nullptr;
+  const Vector& v = vectors_.at(static_cast<size_t>(number));
+  require(n == 0 || v.n == n, "a vector's length does not fit");
+  return &v;
+}
+
+int Program::new_buffer(i64 row_bytes, bool logits) {
+  buffers_.push_back({row_bytes, logits});
+  return static_cast<int>(buffers_.size()) - 1;
+}
+
+View Program::new_view(i64 width, bool logits) { return {new_buffer(round_up(width, 16) * 4, logits), 0, width}; }
+
+void Program::touch(int buffer) {
+  if (buffer < 0) return;
+  Buffer& b = buffers_.at(static_cast<size_t>(buffer));
+  const i64 now = static_cast<i64>(instructions_.size()) - 1;
+  if (b.first < 0) b.first = now;
+  b.last = now;
+}
+
+Program::Instruction& Program::append(Kind kind, std::initializer_list<View> views, std::initializer_list<int> buffers) {
+  require(!finished_, "the program is finished");
+  instructions_.emplace_back().kind = kind;
+  for (const View& v : views) touch(v.buffer);
+  for (int b : buffers) touch(b);
+  return instructions_.back();
+}
+
+View Program::embed(int table) {
+  const Matrix& m = matrices_.at(static_cast<size_t>(table));
+  require(m.order != Order::in_out, "an embedding table is [vocabulary, embd]");
+  max_id_ = std::min(max_id_, m.n_out);
+  const View out = new_view(m.n_in);
+  Instruction& in = append(Kind::embed, {out});
+  in.matrix = table, in.out = out;
+  return out;
+}
+
+View Program::positions(View x, int table) {
+  const Matrix& m = matrices_.at(static_cast<size_t>(table));
+  require(m.order != Order::in_out && m.n_in == x.width, "a table of positions is [context, embd]");
+  max_position_ = std::min(max_position_, m.n_out);
+  Instruction& in = append(Kind::positions, {x});
+  in.matrix = table, in.out = x;
+  return x;
+}
+
+View Program::layer_norm(View x, int weight, int bias, float eps) {
+  vector(weight, x.width), vector(bias, x.width);
+  const View out = new_view(x.width);
+  Instruction& in = append(Kind::layer_norm, {x, out});
+  in.x = x, in.out = out, in.weight = weight, in.bias = bias, in.number = eps;
+  return out;
+}
+
+View Program::rms_norm(View x, int weight, float eps) {
+  const Vector* w = vector(weight, 0);
+  require(w && w->n > 0 && x.width % w->n == 0, "a norm's weight divides the row");
+  const View out = new_view(x.width);
+  Instruction& in = append(Kind::rms_norm, {x, out});
+  in.x = x, in.out = out, in.weight = weight, in.number = eps;
+  return out;
+}
+
+// The linear without its output; its input is rounded first if the weights ask for it, once for all its readers.
+Program::Instruction Program::linear_instruction(View x, int matrix, int bias, Activation activation, View residual) {
+  const Matrix& m = matrices_.at(static_cast<size_t>(matrix));
+  require(m.n_in == x.width, "a matrix's inputs do not fit");
+  vector(bias, m.n_out);
+  require(residual.buffer < 0 || residual.width == m.n_out, "a residual does not fit");
+  const bool logits = buffers_.at(static_cast<size_t>(x.buffer)).logits;
+  Instruction linear;
+  linear.kind = Kind::linear;
+  linear.x = x, linear.z = residual, linear.matrix = matrix, linear.bias = bias, linear.activation = activation;
+  if (m.format == Format::f32 || m.format == Format::f16) return linear;
+  const Kind kind = m.format == Format::bf16 ? Kind::round : Kind::quantize;
+  for (auto it = instructions_.rbegin(); it != instructions_.rend(); ++it) {
+    if (it->kind == kind && same(it->x, x) && it->group == m.group) {
+      linear.values = it->values, linear.scales = it->scales, linear.sums = it->sums;
+      return linear;
+    }
+    if (it->out.buffer == x.buffer) break;  // written since
+  }
+  const i64 groups = m.group ? div_up(m.n_in, m.group) : 1;
+  Instruction rounding;
+  rounding.kind = kind, rounding.x = x, rounding.group = m.group;
+  if (kind == Kind::round) {
+    rounding.values = new_buffer(round_up(m.n_in, 32) * 2, logits);
+  } else {
+    rounding.values = new_buffer(round_up(m.n_in, 64), logits);
+    rounding.scales = new_buffer(groups * 4, logits);
+    rounding.sums = new_buffer(groups * 4, logits);
+  }
+  append(kind, {x}, {rounding.values, rounding.scales, rounding.sums}) = rounding;
+  linear.values = rounding.values, linear.scales = rounding.scales, linear.sums = rounding.sums;
+  return linear;
+}
+
+View Program::linear(View x, int matrix, int bias, Activation activation, View residual) {
+  Instruction linear = linear_instruction(x, matrix, bias, activation, residual);
+  linear.out = new_view(matrices_[static_cast<size_t>(matrix)].n_out);
+  append(Kind::linear, {x, residual, linear.out}, {linear.values, linear.scales, linear.sums}) = linear;
+  return linear.out;
+}
+
+View Program::gate(View g, View up, Activation activation) {
+  require(g.width == up.width, "a gate is as wide as what it gates");
+  const View out = new_view(g.width);
+  Instruction& in = append(Kind::gate, {g, up, out});
+  in.x = g, in.y = up, in.out = out, in.activation = activation;
+  return out;
+}
+
+View Program::add(View x, View y) {
+  require(x.width == y.width, "a sum's terms are equally wide");
+  const View out = new_view(x.width);
+  Instruction& in = append(Kind::add, {x, y, out});
+  in.x = x, in.y = y, in.out = out;
+  return out;
+}
+
+int Program::rope(const std::vector<double>& frequencies, bool interleaved, double magnitude) {
+  Rope rope{{frequencies.begin(), frequencies.end()}, interleaved, static_cast<float>(magnitude)};
+  for (size_t i = 0; i < ropes_.size(); i++)
+    if (ropes_[i].frequencies == rope.frequencies && ropes_[i].interleaved == interleaved && ropes_[i].magnitude == rope.magnitude)
+      return static_cast<int>(i);
+  require(!rope.frequencies.empty(), "a rotation has frequencies");
+  const i64 bytes = static_cast<i64>(rope.frequencies.size()) * 4;
+  rope.cos = new_buffer(bytes, false), rope.sin = new_buffer(bytes, false);
+  ropes_.push_back(std::move(rope));
+  const int number = static_cast<int>(ropes_.size()) - 1;
+  append(Kind::angles, {}, {ropes_.back().cos, ropes_.back().sin}).rope = number;
+  return number;
+}
+
+View Program::attention(View q, View k, View v, i64 layer, i64 n_heads, i64 n_kv_heads, i64 head_dim, float scale,
+                        i64 window, int rope) {
+  require(n_kv_heads > 0 && n_heads % n_kv_heads == 0 && head_dim > 0, "query heads are a multiple of key heads");
+  require(q.width == n_heads * head_dim && k.width == n_kv_heads * head_dim && v.width == k.width,
+          "q, k and v are as wide as their heads");
+  Instruction in;
+  in.x = q, in.y = k, in.z = v, in.layer = layer, in.n_heads = n_heads, in.n_kv_heads = n_kv_heads;
+  in.head_dim = head_dim, in.number = scale, in.window = window, in.rope = rope;
+  int cos = -1, sin = -1;
+  if (rope >= 0) {
+    const Rope& r = ropes_.at(static_cast<size_t>(rope));
+    require(static_cast<i64>(r.frequencies.size()) * 2 <= head_dim, "a rotation is within a head");
+    cos = r.cos, sin = r.sin;
+  }
+  in.kind = Kind::keys_values;
+  append(in.kind, {q, k, v}, {cos, sin}) = in;
+  in.out = new_view(q.width);
+  in.kind = Kind::attend;
+  append(in.kind, {q, in.out}) = in;
+  return in.out;
+}
+
+void Program::logits(View x, int matrix, int bias) {
+  require(matrices_.at(static_cast<size_t>(matrix)).n_out == vocab_size_, "the head has an output for each token");
+  const View rows = new_view(x.width, true);
+  Instruction& in = append(Kind::gather, {x, rows});
+  in.x = x, in.out = rows;
+  Instruction linear = linear_instruction(rows, matrix, bias, Activation::none, {});
+  linear.to_logits = true;
+  append(Kind::linear, {rows}, {linear.values, linear.scales, linear.sums}) = linear;
+}
+
+void Program::finish() {
+  // First fit: a buffer takes the lowest place that is free as long as it lives.
+  require(!finished_ && !instructions_.empty() && instructions_.back().to_logits, "a program ends with its logits");
+  struct Place {
+    i64 begin, end, first, last;
+  };
+  std::vector<Place> places;
+  std::vector<i64> offsets(buffers_.size());
+  i64 total = 0;
+  for (size_t i = 0; i < buffers_.size(); i++) {
+    const Buffer& b = buffers_[i];
+    const i64 size = round_up(b.row_bytes * round_up(max_tokens_, 16), 64);
+    i64 at = 0;
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (const Place& p : places)
+        if (p.last >= b.first && p.first <= b.last && at < p.end && p.begin < at + size) at = p.end, moved = true;
+    }
+    offsets[i] = at;
+    places.push_back({at, at + size, b.first, b.last});
+    total = std::max(total, at + size);
+  }
+  arena_ = Memory(total);
+  for (size_t i = 0; i < buffers_.size(); i++) buffers_[i].data = arena_.data() + offsets[i];
+  logits_ = Memory(max_tokens_ * vocab_size_ * 4);
+  finished_ = true;
+}
+
+// ---- running -----------------------------------------------------------------------------------------------------
+
+float* Program::floats(const View& view) const {
+  return reinterpret_cast<float*>(buffers_[static_cast<size_t>(view.buffer)].data) + view.offset;
+}
+
+i64 Program::stride(const View& view) const { return buffers_[static_cast<size_t>(view.buffer)].row_bytes / 4; }
+
+void Program::check(const Batch& batch, const KvCache& cache) const {
+  require(finished_, "the program is not finished");
+  require(batch.n_tokens > 0 && batch.n_tokens <= max_tokens_, "a batch has between 1 and max_tokens tokens");
+  require(batch.n_logits >= 0 && batch.n_logits <= batch.n_tokens, "a batch has at most a row of logits for each token");
+  for (i64 i = 0; i < batch.n_tokens; i++) {
+    require(batch.token_ids[i] >= 0 && batch.token_ids[i] < max_id_, "a token id is outside of the vocabulary");
+    require(batch.positions[i] >= 0 && batch.positions[i] < max_position_, "a position is outside of the context");
+    require(batch.sequence[i] >= 0 && batch.sequence[i] < batch.n_sequences, "a token belongs to no sequence");
+    require(batch.positions[i] / kPage < batch.table_width, "a position has no page");
+    // All pages up to the token's own are read; the last token of a sequence has the most.
+    if (i + 1 < batch.n_tokens && batch.sequence[i + 1] == batch.sequence[i] && batch.positions[i + 1] > batch.positions[i])
+      continue;
+    for (i64 p = 0; p <= batch.positions[i] / kPage; p++) {
+      const std::int32_t page = batch.page_table[batch.sequence[i] * batch.table_width + p];
+      require(page >= 0 && page < cache.n_pages(), "a page is outside of the cache");
+    }
+  }
+  for (i64 i = 0; i < batch.n_logits; i++)
+    require(batch.logits_rows[i] >= 0 && batch.logits_rows[i] < batch.n_tokens, "a row of logits is outside of the batch");
+  for (const Instruction& in : instructions_)
+    if (in.kind == Kind::attend)
+      require(in.layer < cache.n_layers() && in.n_kv_heads == cache.n_kv_heads() && in.head_dim == cache.head_dim(),
+              "the KV cache is not this program's");
+}
+
+// Work on a row that needs nothing of another row: no barrier between two of these.
+bool Program::by_rows(const Instruction& in) const {
+  return in.kind != Kind::linear && in.kind != Kind::attend && in.kind != Kind::gather;
+}
+
+const float* Program::run(const Batch& batch, const KvCache& cache, Pool& pool) {
+  check(batch, cache);
+  pool.run([&](int thread) {
+    const Instruction* before = nullptr;
+    for (const Instruction& in : instructions_) {
+      if (before && !(by_rows(*before) && by_rows(in))) pool.barrier();
+      execute(in, batch, cache, thread, pool.size(), pool.scratch(thread));
+      before = &in;
+    }
+  });
+  return reinterpret_cast<const float*>(logits_.data());
+}
+
+void Program::execute(const Instruction& in, const Batch& batch, const KvCache& cache, int thread, int size,
+                      void* scratch) const {
+  const auto matrix = [&]() -> const Matrix& { return matrices_[static_cast<size_t>(in.matrix)]; };
+  const auto weights = [&](int number) { return number < 0 ? nullptr : vectors_[static_cast<size_t>(number)].data; };
+  const auto buffer = [&](int number) { return number < 0 ? nullptr : buffers_[static_cast<size_t>(number)].data; };
+  const View& shape = in.out.buffer >= 0 ? in.out : in.x;
+  const bool of_logits = shape.buffer >= 0 && buffers_[static_cast<size_t>(shape.buffer)].logits;
+  const i64 n = of_logits ? batch.n_logits : batch.n_tokens;
+  const Share rows(n, 1, thread, size);
+  const Rows all{batch.n_tokens, batch.positions, batch.sequence, batch.page_table, batch.table_width};
+
+  switch (in.kind) {
+    case Kind::embed:
+      return kernels_.embed(matrix(), batch.token_ids, floats(in.out), stride(in.out), false, rows.begin, rows.end);
+    case Kind::positions:
+      return kernels_.embed(matrix(), batch.positions, floats(in.out), stride(in.out), true, rows.begin, rows.end);
+    case Kind::layer_norm:
+      return kernels_.layer_norm(floats(in.x), stride(in.x), weights(in.weight), weights(in.bias), in.number, in.x.width,
+                                 floats(in.out), stride(in.out), rows.begin, rows.end);
+    case Kind::rms_norm: {
+      const i64 width = vectors_[static_cast<size_t>(in.weight)].n;
+      return kernels_.rms_norm(floats(in.x), stride(in.x), weights(in.weight), in.number, width, in.x.width / width,
+                               floats(in.out), stride(in.out), rows.begin, rows.end);
+    }
+    case Kind::quantize:
+      return kernels_.quantize_rows(floats(in.x), stride(in.x), in.x.width, in.group,
+                                    reinterpret_cast<std::int8_t*>(buffer(in.values)), round_up(in.x.width, 64),
+                                    reinterpret_cast<float*>(buffer(in.scales)),
+                                    reinterpret_cast<std::int32_t*>(buffer(in.sums)), rows.begin, rows.end);
+    case Kind::round:
+      return kernels_.round_rows(floats(in.x), stride(in.x), in.x.width, reinterpret_cast<std::uint16_t*>(buffer(in.values)),
+                                 round_up(in.x.width, 32), rows.begin, rows.end);
+    case Kind::linear: {
+      const Matrix& w = matrix();
+      Linear l{};
+      l.w = &w, l.n_rows = n, l.bias = weights(in.bias), l.activation = in.activation;
+      l.in.x = floats(in.x), l.in.x_stride = stride(in.x);
+      l.in.values = buffer(in.values);
+      l.in.stride = round_up(w.n_in, w.format == Format::bf16 ? 32 : 64);
+      l.in.scales = reinterpret_cast<const float*>(buffer(in.scales));
+      l.in.sums = reinterpret_cast<const std::int32_t*>(buffer(in.sums));
+      l.in.n_groups = w.group ? div_up(w.n_in, w.group) : 1;
+      if (in.z.buffer >= 0) l.residual = floats(in.z), l.residual_stride = stride(in.z);
+      l.y = in.to_logits ? reinterpret_cast<float*>(logits_.data()) : floats(in.out);
+      l.y_stride = in.to_logits ? vocab_size_ : stride(in.out);
+      const Share outputs(w.n_out, kPanel, thread, size);
+      if (n && outputs.begin < outputs.end) kernels_.linear(l, outputs.begin, outputs.end, scratch);
+      return;
+    }
+    case Kind::angles: {
+      const Rope& rope = ropes_[static_cast<size_t>(in.rope)];
+      auto *cos = reinterpret_cast<float*>(buffer(rope.cos)), *sin = reinterpret_cast<float*>(buffer(rope.sin));
+      const i64 pairs = static_cast<i64>(rope.frequencies.size());
+      for (i64 row = rows.begin; row < rows.end; row++)
+        for (i64 i = 0; i < pairs; i++) {
+          // The angle in f32, as every implementation has it; its sine and cosine as exact as f32 can say.
+          const double angle = static_cast<float>(batch.positions[row]) * rope.frequencies[static_cast<size_t>(i)];
+          cos[row * pairs + i] = static_cast<float>(std::cos(angle)) * rope.magnitude;
+          sin[row * pairs + i] = static_cast<float>(std::sin(angle)) * rope.magnitude;
+        }
+      return;
+    }
+    case Kind::keys_values: {
+      if (in.rope >= 0) {
+        const Rope& rope = ropes_[static_cast<size_t>(in.rope)];
+        const Rotation rotation{static_cast<i64>(rope.frequencies.size()), rope.interleaved,
+                                reinterpret_cast<const float*>(buffer(rope.cos)),
+                                reinterpret_cast<const float*>(buffer(rope.sin))};
+        kernels_.rotate(rotation, floats(in.x), stride(in.x), in.n_heads, in.head_dim, rows.begin, rows.end);
+        kernels_.rotate(rotation, floats(in.y), stride(in.y), in.n_kv_heads, in.head_dim, rows.begin, rows.end);
+      }
+      return kernels_.store_kv(cache.layer(in.layer), all, floats(in.y), stride(in.y), floats(in.z), stride(in.z),
+                               rows.begin, rows.end);
+    }
+    case Kind::attend: {
+      const Attend a{all,       floats(in.x), stride(in.x), cache.layer(in.layer), in.n_heads,
+                     in.number, in.window,    floats(in.out), stride(in.out)};
+      const Share items(batch.n_tokens * in.n_kv_heads, 1, thread, size);
+      return kernels_.attend(a, items.begin, items.end, scratch);
+    }
+    case Kind::gate:
+      return kernels_.gate(floats(in.x), stride(in.x), floats(in.y), stride(in.y), in.activation, in.x.width,
+                           floats(in.out), stride(in.out), rows.begin, rows.end);
+    case Kind::add:
+      return kernels_.add(floats(in.x), stride(in.x), floats(in.y), stride(in.y), in.x.width, floats(in.out),
+                          stride(in.out), rows.begin, rows.end);
+    case Kind::gather:
+      for (i64 row = rows.begin; row < rows.end; row++)
+        std::memcpy(floats(in.out) + row * stride(in.out), floats(in.x) + batch.logits_rows[row] * stride(in.x),
+                    static_cast<size_t>(in.x.width) * 4);
+      return;
+  }
+}
+
+}  // namespace pronghorn

@@ -1,0 +1,255 @@
+#include "sampling.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace pronghorn {
+
+namespace {
+
+// Philox4x32-10 of n counters side by side, [word][n]: for many, the compiler makes vectors of it.
+template <int n>
+void scramble(std::uint32_t (&c)[4][n], std::uint64_t key) {
+  auto k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int i = 0; i < n; ++i) {
+      const std::uint64_t p0 = std::uint64_t{0xD2511F53} * c[0][i], p1 = std::uint64_t{0xCD9E8D57} * c[2][i];
+      c[0][i] = static_cast<std::uint32_t>(p1 >> 32) ^ c[1][i] ^ k0;
+      c[2][i] = static_cast<std::uint32_t>(p0 >> 32) ^ c[3][i] ^ k1;
+      c[1][i] = static_cast<std::uint32_t>(p1);
+      c[3][i] = static_cast<std::uint32_t>(p0);
+    }
+    k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+  }
+}
+
+}  // namespace
+
+std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter, std::uint64_t key) {
+  std::uint32_t c[4][1] = {{counter[0]}, {counter[1]}, {counter[2]}, {counter[3]}};
+  scramble(c, key);
+  return {c[0][0], c[1][0], c[2][0], c[3][0]};
+}
+
+namespace {
+
+i64 arg_max(const float* x, i64 n) { return chosen_kernels().arg_max(x, n); }
+
+double sum_exp(const float* x, i64 n, float shift, float scale) { return chosen_kernels().sum_exp(x, n, shift, scale); }
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr double kLn2 = 0.6931471805599453;
+
+// Gumbel noise: one word of the generator for each (seed, position, token).
+struct Noise {
+  std::uint64_t seed;
+  std::uint32_t position;
+
+  std::uint32_t word(i64 id) const {
+    return philox({static_cast<std::uint32_t>(id / 4), position, 0, 0}, seed)[static_cast<std::size_t>(id % 4)];
+  }
+  // The words of tokens 4 * first and on: token 4 * (first + i) + j has [j][i].
+  static constexpr int kBlocks = 64;
+  void words(i64 first, std::uint32_t (&c)[4][kBlocks]) const {
+    for (int i = 0; i < kBlocks; ++i)
+      c[0][i] = static_cast<std::uint32_t>(first + i), c[1][i] = position, c[2][i] = c[3][i] = 0;
+    scramble(c, seed);
+  }
+  static double value(std::uint32_t word) { return -std::log(-std::log((word + 0.5) * 0x1p-32)); }
+  // value(word) is less: -log u >= 1 - u > 2^-(k+1) for a word of k leading ones. No word exceeds kLargest.
+  static double bound(std::uint32_t word) { return (std::countl_one(word) + 1) * kLn2; }
+  static constexpr double kLargest = 33 * kLn2;
+};
+
+// The arg max of (logit / temperature + noise); of equal scores the lowest id.
+struct Race {
+  Noise noise;
+  double scale;  // 1 / temperature
+  i64 winner = -1;
+  double best = -std::numeric_limits<double>::infinity();
+
+  void enter(i64 id, double z, std::uint32_t word) {
+    if (z + Noise::bound(word) < best) return;  // two logarithms saved, nearly always
+    const double score = z + Noise::value(word);
+    if (score > best || (score == best && id < winner)) best = score, winner = id;
+  }
+  void enter(const float* logits, i64 id) { enter(id, logits[id] * scale, noise.word(id)); }
+  // All tokens of at least `least`.
+  void enter_all(const float* logits, i64 n, float least) {
+    constexpr i64 kTokens = 4 * Noise::kBlocks;
+    std::uint32_t words[4][Noise::kBlocks];
+    for (i64 begin = 0; begin < n; begin += kTokens) {
+      const i64 end = std::min(begin + kTokens, n);
+      const float top = *std::max_element(logits + begin, logits + end);
+      if (top < least || top * scale + Noise::kLargest < best) continue;
+      noise.words(begin / 4, words);
+      for (i64 id = begin; id < end; ++id)
+        if (logits[id] >= least) enter(id, logits[id] * scale, words[id % 4][(id - begin) / 4]);
+    }
+  }
+};
+
+// What needs a vocabulary's room; kept by each thread.
+struct Scratch {
+  std::vector<float> row;
+  std::vector<std::int64_t> seen;  // all zero between calls
+  std::vector<std::int32_t> ids;
+};
+
+auto larger_first(const float* logits) {
+  return
+      [logits](std::int32_t a, std::int32_t b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
+}
+
+// The k largest in descending order; of equal logits the lowest ids.
+void largest(const float* logits, i64 n, i64 k, std::vector<std::int32_t>& ids) {
+  const auto before = larger_first(logits);
+  ids.clear();
+  for (i64 i = 0; i < n; ++i) {
+    if (static_cast<i64>(ids.size()) == k) {
+      if (!(logits[i] > logits[ids.front()])) continue;
+      std::pop_heap(ids.begin(), ids.end(), before);
+      ids.pop_back();
+    }
+    ids.push_back(static_cast<std::int32_t>(i));
+    std::push_heap(ids.begin(), ids.end(), before);  // the last of the order is in front
+  }
+  std::sort_heap(ids.begin(), ids.end(), before);
+}
+
+// The shortest prefix of the descending ids with this mass; the number of ids and one more where they fall short.
+std::size_t prefix_of_mass(const float* logits, const std::vector<std::int32_t>& ids, float top, double scale,
+                           double mass) {
+  double sum = 0;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    sum += std::exp((logits[ids[i]] - top) * scale);
+    if (sum >= mass) return i + 1;
+  }
+  return ids.size() + 1;
+}
+
+// The smallest set of all tokens with mass top_p, in descending order.
+void nucleus(const float* logits, i64 n, float top, double scale, double top_p, std::vector<std::int32_t>& ids) {
+  const double mass = top_p * sum_exp(logits, n, top, static_cast<float>(scale));
+  // Only the likeliest are sorted; how far down they are sought does not change the result.
+  for (double reach = 4;; reach *= 1.5) {
+    ids.clear();
+    bool all = true;
+    double sum = 0;
+    for (i64 i = 0; i < n; ++i) {
+      const double z = (logits[i] - top) * scale;
+      if (z >= -reach)
+        ids.push_back(static_cast<std::int32_t>(i)), sum += std::exp(z);
+      else if (logits[i] != -kInf)
+        all = false;
+    }
+    if (sum < mass && !all) continue;
+    std::sort(ids.begin(), ids.end(), larger_first(logits));
+    const std::size_t count = prefix_of_mass(logits, ids, top, scale, mass);
+    if (count <= ids.size()) return ids.resize(count);
+    if (all) return;
+  }
+}
+
+void check_id(std::int32_t id, i64 vocabulary) {
+  if (id < 0 || id >= vocabulary)
+    throw std::domain_error("token id " + std::to_string(id) + " is outside of the vocabulary");
+}
+
+// Bias and penalties, on a copy of the row.
+const float* adjusted(const Sampling& p, const float* logits, i64 n, const History& history, Scratch& scratch) {
+  const bool penalties = p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
+  const bool withhold = history.n - history.n_prompt < p.min_tokens && !p.withheld.empty();
+  if (p.logit_bias.empty() && !penalties && !withhold) return logits;
+  scratch.row.assign(logits, logits + n);
+  float* row = scratch.row.data();
+  for (const auto& [id, bias] : p.logit_bias) check_id(id, n), row[id] += bias;
+  if (penalties) {
+    constexpr std::int64_t kInOutput = std::int64_t{1} << 32;
+    for (i64 i = 0; i < history.n; ++i) check_id(history.ids[i], n);
+    scratch.seen.resize(static_cast<std::size_t>(std::max(n, static_cast<i64>(scratch.seen.size()))));
+    scratch.ids.clear();
+    for (i64 i = 0; i < history.n; ++i) {
+      std::int64_t& seen = scratch.seen[static_cast<std::size_t>(history.ids[i])];
+      if (!seen) scratch.ids.push_back(history.ids[i]);
+      seen += i < history.n_prompt ? 1 : kInOutput;
+    }
+    for (const std::int32_t id : scratch.ids) {
+      const auto count = std::exchange(scratch.seen[static_cast<std::size_t>(id)], 0) / kInOutput;
+      row[id] = row[id] > 0 ? row[id] / p.repetition_penalty : row[id] * p.repetition_penalty;
+      row[id] -= p.frequency_penalty * static_cast<float>(count);
+      if (count) row[id] -= p.presence_penalty;
+    }
+  }
+  if (withhold)
+    for (const std::int32_t id : p.withheld) check_id(id, n), row[id] = -kInf;
+  return row;
+}
+
+void check_finite(const float* logits, i64 n) {
+  int bad = 0;
+  for (i64 i = 0; i < n; ++i) bad |= !(logits[i] < kInf);
+  if (bad) throw std::domain_error("the model's logits are not finite");
+}
+
+}  // namespace
+
+i64 choose(const Sampling& p, const float* raw, i64 n, const History& history) {
+  thread_local Scratch scratch;
+  const FloatEnvironment environment;
+  check_finite(raw, n);
+  const float* logits = adjusted(p, raw, n, history, scratch);
+  const i64 first = arg_max(logits, n);
+  const float top = logits[first];
+  if (top == -kInf) throw std::domain_error("no token is left to choose from");
+  if (!(top < kInf)) throw std::domain_error("the logits with their biases and penalties are not finite");
+  if (p.temperature == 0) return first;
+
+  const double scale = 1 / p.temperature;
+  // The likeliest token enters first: it sets a high bar for the others.
+  Race race{{p.seed, static_cast<std::uint32_t>(history.n)}, scale};
+  race.enter(logits, first);
+  float least = p.min_p > 0 ? static_cast<float>(top + p.temperature * std::log(p.min_p)) : -kInf;
+  least = std::min(least, top);
+  const bool some = p.top_k > 0 && p.top_k < n;
+  if (!some && p.top_p >= 1) {
+    race.enter_all(logits, n, std::max(least, -std::numeric_limits<float>::max()));
+    return race.winner;
+  }
+  std::vector<std::int32_t>& ids = scratch.ids;
+  if (some) {
+    largest(logits, n, p.top_k, ids);
+    if (p.top_p < 1) {
+      double sum = 0;
+      for (const std::int32_t id : ids) sum += std::exp((logits[id] - top) * scale);
+      ids.resize(std::min(ids.size(), prefix_of_mass(logits, ids, top, scale, p.top_p * sum)));
+    }
+  } else {
+    nucleus(logits, n, top, scale, p.top_p, ids);
+  }
+  for (const std::int32_t id : ids)
+    if (logits[id] >= least && logits[id] != -kInf) race.enter(logits, id);
+  return race.winner;
+}
+
+std::vector<std::pair<i64, double>> log_probabilities(const float* logits, i64 n, i64 chosen, i64 n_top) {
+  const FloatEnvironment environment;
+  check_finite(logits, n);
+  const float top = logits[arg_max(logits, n)];
+  if (top == -kInf) throw std::domain_error("the model's logits are not finite");
+  const double log_sum = std::log(sum_exp(logits, n, top, 1));
+  std::vector<std::pair<i64, double>> result;
+  const auto add = [&](i64 id) { result.emplace_back(id, (static_cast<double>(logits[id]) - top) - log_sum); };
+  check_id(static_cast<std::int32_t>(chosen), n);
+  add(chosen);
+  std::vector<std::int32_t> ids;
+  if (n_top > 0) largest(logits, n, n_top, ids);
+  for (const std::int32_t id : ids) add(id);
+  return result;
+}
+
+}  // namespace pronghorn

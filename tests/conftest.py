@@ -1,0 +1,55 @@
+"""What every test may ask for: real data, the default model, a cache of its own.
+
+The suite needs neither data nor a network: what does is skipped, and says what it lacks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A private cache folder; only the models that the user has fetched are linked into it."""
+    try:
+        from pronghorn.weights.hub import cache_folder
+
+        real = cache_folder()
+    except ImportError:
+        real = Path.home() / ".cache" / "pronghorn"
+    private = tmp_path_factory.mktemp("cache")
+    (private / "models").mkdir()
+    for path in sorted((real / "models").glob("*")):
+        (private / "models" / path.name).symlink_to(path.resolve())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRONGHORN_CACHE", str(private))
+        yield private
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder that PRONGHORN_TEST_DATA names: small trained models and text (see CONTRIBUTING.md)."""
+    folder = os.environ.get("PRONGHORN_TEST_DATA")
+    if not folder:
+        pytest.skip("PRONGHORN_TEST_DATA is not set (a folder with models/stories260K and text/)")
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        pytest.fail(f"PRONGHORN_TEST_DATA={folder} is not a folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def default_model(cache: Path) -> Path:
+    """The default model's GGUF file; `make test` fetches it once, into the user's own cache."""
+    try:
+        from pronghorn.weights.hub import default_model
+    except ImportError:
+        return cache / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+    if not any((cache / "models").glob("*")) and not os.environ.get("PRONGHORN_TEST_NETWORK"):
+        pytest.skip("the default model is not in the cache (`make model` fetches it)")
+    return default_model(progress=False)

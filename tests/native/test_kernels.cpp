@@ -1,0 +1,1123 @@
+// The proof of the kernels: each one, on each instruction set of the machine, against its twin (twin.h).
+//
+// Three kinds of check:
+// - exact: the inputs are small integers, so that any order of summation gives the same f32; equal to the bit.
+// - near: random reals. However a sum of n terms is ordered, its rounding error is at most
+//   n u / (1 - n u) * sum |term| with u = 2^-24 (Higham, Accuracy and Stability, section 4.2); the exact checks
+//   find what such a bound forgives.
+// - one answer: a row, an output or a head computed alone has the same bits as in any batch, tile or range.
+// Inputs are followed by NaN, outputs stand between guard zones, and both are misaligned on purpose: an access out
+// of range shows without a sanitizer, and under the address sanitizer the zones are poisoned as well.
+//
+// usage: native_tests [--isa NAME] [--list] [TEST...]
+
+#include <cfenv>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include "twin.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#endif
+
+using namespace pronghorn;
+using twin::kUnit;
+using twin::Quantized;
+using twin::Random;
+
+namespace {
+
+__attribute__((format(printf, 1, 2))) std::string say(const char* format, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  return text;
+}
+
+// One test on one instruction set.
+class Report {
+ public:
+  Report(const char* test, const char* isa) : test_(test), isa_(isa) {}
+  void fail(const std::string& what) {
+    if (++failures_ <= 8) std::printf("FAILED %s on %s: %s\n", test_, isa_, what.c_str());
+  }
+  bool expect(bool ok, const std::string& what) {
+    ++checks_;
+    if (!ok) fail(what);
+    return ok;
+  }
+  // A NaN equals any NaN; nothing else is forgiven beyond the tolerance.
+  bool near(double got, double want, double tolerance, const std::string& where) {
+    ++checks_;
+    const bool ok = std::isnan(want) ? std::isnan(got) : got == want || std::fabs(got - want) <= tolerance;
+    if (!ok) fail(say("%s: %.9g, not %.9g (tolerance %.3g)", where.c_str(), got, want, tolerance));
+    return ok;
+  }
+  long checks() const { return checks_; }
+  int failures() const { return failures_; }
+
+ private:
+  const char *test_, *isa_;
+  long checks_ = 0;
+  int failures_ = 0;
+};
+
+// The same bits, or both NaN: which NaN it is depends on the order of operands, which says nothing.
+template <typename T>
+bool same_bits(const T* a, const T* b, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) {
+    if (std::memcmp(a + i, b + i, sizeof(T)) == 0) continue;
+    if constexpr (std::is_same_v<T, float>) {
+      if (std::isnan(a[i]) && std::isnan(b[i])) continue;
+    }
+    return false;
+  }
+  return true;
+}
+
+// n values between guard zones. Inputs are surrounded by NaN (0xFF); outputs are filled and surrounded by a
+// signaling NaN, which no arithmetic leaves as it is.
+enum class Role { input, output };
+
+template <typename T>
+class Guarded {
+ public:
+  explicit Guarded(i64 n, Role role = Role::input, i64 shift = 0) : n_(static_cast<std::size_t>(n)), role_(role) {
+    const std::size_t before = kZone + static_cast<std::size_t>(shift) * sizeof(T);
+    size_ = (before + n_ * sizeof(T) + kZone + 63) / 64 * 64;
+    base_ = static_cast<unsigned char*>(std::aligned_alloc(64, size_));
+    for (std::size_t i = 0; i < size_; ++i) base_[i] = pattern(i - before);
+    data_ = reinterpret_cast<T*>(base_ + before);
+    ASAN_POISON_MEMORY_REGION(base_, before);
+    ASAN_POISON_MEMORY_REGION(end(), static_cast<std::size_t>(base_ + size_ - end()));
+  }
+  ~Guarded() {
+    ASAN_UNPOISON_MEMORY_REGION(base_, size_);
+    std::free(base_);
+  }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  T& operator[](i64 i) { return data_[i]; }
+  const T& operator[](i64 i) const { return data_[i]; }
+  i64 size() const { return static_cast<i64>(n_); }
+  bool same_bits(const Guarded& other) const { return ::same_bits(data_, other.data_, n_); }
+  bool untouched(i64 i) const {  // the value is still as it was filled
+    const auto* p = reinterpret_cast<const unsigned char*>(data_);
+    for (std::size_t k = static_cast<std::size_t>(i) * sizeof(T), stop = k + sizeof(T); k < stop; ++k)
+      if (p[k] != pattern(k)) return false;
+    return true;
+  }
+  void check_zones(Report& report, const std::string& what) {
+    ASAN_UNPOISON_MEMORY_REGION(base_, size_);
+    const unsigned char* p = base_;
+    const auto* data = reinterpret_cast<unsigned char*>(data_);
+    for (; p < base_ + size_; ++p) {
+      if (p == data) p = end();
+      if (*p != pattern(static_cast<std::size_t>(p - data))) {
+        report.fail(say("%s: wrote outside of its output, byte %td of %zu", what.c_str(), p - data, n_ * sizeof(T)));
+        return;
+      }
+    }
+  }
+
+ private:
+  static constexpr std::size_t kZone = 256;
+  unsigned char pattern(std::size_t i) const {
+    static constexpr unsigned char kSignaling[4] = {0xEF, 0xBE, 0xAD, 0x7F};
+    return role_ == Role::input ? 0xFF : kSignaling[i % 4];
+  }
+  const unsigned char* end() const { return reinterpret_cast<const unsigned char*>(data_ + n_); }
+
+  std::size_t n_, size_ = 0;
+  Role role_;
+  unsigned char* base_;
+  T* data_;
+};
+
+using Floats = Guarded<float>;
+
+void* scratch() {
+  static Guarded<std::uint8_t> memory(kScratch, Role::output);
+  return memory.data();
+}
+
+// ---------------------------------------------------------------------------------------------- linear
+
+// The data of a case. exact: integers, and scales that are powers of two. real: anything. special: zeros,
+// denormals, infinities, NaN. extreme: the largest integers, which saturate a careless product.
+enum class Data { exact, real, special, extreme };
+const char* const kDataNames[] = {"exact", "real", "special", "extreme"};
+const char* const kFormatNames[] = {"f32", "f16", "bf16", "int8", "int4"};
+const char* const kOrderNames[] = {"[out,in]", "[in,out]", "packed"};
+const char* const kActivationNames[] = {"none", "gelu", "gelu_new", "silu", "relu"};
+enum class Residual { none, apart, in_place };
+
+struct Shape {
+  Format format;
+  Order order;
+  i64 group;
+  bool symmetric;
+};
+
+const std::vector<Shape>& shapes() {
+  static const std::vector<Shape> all = [] {
+    std::vector<Shape> list;
+    for (Format format : {Format::f32, Format::f16, Format::bf16})
+      for (Order order : {Order::out_in, Order::in_out}) list.push_back({format, order, 0, false});
+    for (i64 group : {0, 32, 64, 128}) list.push_back({Format::int8, Order::packed, group, false});
+    for (bool symmetric : {false, true})
+      for (i64 group : {32, 64, 128}) list.push_back({Format::int4, Order::packed, group, symmetric});
+    return list;
+  }();
+  return all;
+}
+
+std::uint16_t special_bfloat(Random& random) {
+  const auto sign = static_cast<std::uint16_t>(random.in(0, 1) << 15);
+  const i64 kind = random.in(0, 63);
+  if (kind == 0) return sign | 0x7F80;                                          // infinity
+  if (kind == 1) return sign | 0x7FC0;                                          // NaN
+  if (kind < 8) return sign;                                                    // zero
+  if (kind < 20) return static_cast<std::uint16_t>(sign | random.in(1, 0x7F));  // denormal
+  if (kind < 40)
+    return static_cast<std::uint16_t>(sign | random.in(0x1F80, 0x2100));  // products near the smallest normal
+  if (kind < 48) return static_cast<std::uint16_t>(sign | random.in(0x7F00, 0x7F7F));  // near the largest
+  return static_cast<std::uint16_t>(sign | random.in(0x3E00, 0x4100));
+}
+
+// A linear layer's problem, its packed or dense weights, and what the twin says of each output.
+class Problem {
+ public:
+  Problem(const Shape& shape, Data data, i64 n_in, i64 n_out, i64 n_rows, std::uint64_t seed)
+      : shape_(shape),
+        data_(data),
+        n_in_(n_in),
+        n_out_(n_out),
+        n_rows_(n_rows),
+        random_(seed),
+        activation_(data == Data::real ? random_.pick({Activation::none, Activation::gelu, Activation::gelu_new,
+                                                       Activation::silu, Activation::relu})
+                                       : Activation::none),
+        residual_kind_(random_.pick({Residual::none, Residual::apart, Residual::in_place})),
+        packed_(shape.order == Order::packed),
+        x_stride_(n_in + random_.in(0, 3)),
+        y_stride_(n_out + random_.in(0, 5)),
+        stride_(round_up(n_in, packed_ ? 64 : 32)),
+        x_(n_rows * x_stride_, Role::input, random_.in(0, 3)),
+        halves_(n_rows * stride_),
+        bytes_(n_rows * stride_),
+        bias_(n_out, Role::input, random_.in(0, 3)),
+        residual_(n_rows * y_stride_, Role::input, random_.in(0, 3)) {
+    has_bias_ = random_.in(0, 1) == 1;
+    for (i64 o = 0; o < n_out; ++o) bias_[o] = real();
+    for (i64 i = 0; i < residual_.size(); ++i) residual_[i] = real();
+    if (packed_) {
+      make_integers();
+    } else {
+      make_dense();
+    }
+  }
+
+  // Rows [first, last), outputs [begin, end), as the engine would call it.
+  void run(const Kernels& kernels, Floats& y, i64 first, i64 last, i64 begin, i64 end) {
+    Linear linear{};
+    linear.w = &matrix_;
+    linear.in.x = x_.data() + first * x_stride_;
+    linear.in.x_stride = x_stride_;
+    linear.in.stride = stride_;
+    if (shape_.format == Format::bf16) linear.in.values = halves_.data() + first * stride_;
+    if (packed_) {
+      linear.in.values = bytes_.data() + first * stride_;
+      linear.in.scales = scales_.data() + first * weights_.n_groups();
+      linear.in.sums = sums_.data() + first * weights_.n_groups();
+      linear.in.n_groups = weights_.n_groups();
+    }
+    linear.n_rows = last - first;
+    linear.bias = has_bias_ ? bias_.data() : nullptr;
+    linear.activation = activation_;
+    linear.y = y.data() + first * y_stride_;
+    linear.y_stride = y_stride_;
+    linear.residual_stride = y_stride_;
+    if (residual_kind_ == Residual::apart) linear.residual = residual_.data() + first * y_stride_;
+    if (residual_kind_ == Residual::in_place) {
+      for (i64 r = first; r < last; ++r)
+        for (i64 o = begin; o < end; ++o) y[r * y_stride_ + o] = residual_[r * y_stride_ + o];
+      linear.residual = linear.y;
+    }
+    kernels.linear(linear, begin, end, scratch());
+  }
+
+  void check(const Kernels& kernels, Report& report) {
+    fused_ = std::strcmp(kernels.isa, "generic") != 0;
+    const std::string what = describe();
+    Floats whole(n_rows_ * y_stride_, Role::output, random_.in(0, 3));
+    run(kernels, whole, 0, n_rows_, 0, n_out_);
+    whole.check_zones(report, what);
+    int wrong = 0;
+    for (i64 r = 0; r < n_rows_ && wrong < 2; ++r) {
+      for (i64 o = 0; o < n_out_ && wrong < 2; ++o) {
+        double tolerance = 0;
+        const double want = expected(r, o, &tolerance);
+        wrong += !report.near(double{whole[r * y_stride_ + o]}, want, tolerance,
+                              say("%s row %lld output %lld", what.c_str(), (long long)r, (long long)o));
+      }
+      for (i64 o = n_out_; o < y_stride_; ++o)
+        wrong += !report.expect(whole.untouched(r * y_stride_ + o), what + ": wrote between the rows");
+    }
+    // One answer: the outputs cut in two, and rows alone or in another batch.
+    Floats parts(n_rows_ * y_stride_, Role::output, random_.in(0, 3));
+    const i64 cut = std::min(n_out_, random_.in(0, div_up(n_out_, kPanel)) * kPanel);
+    const i64 row = random_.in(0, n_rows_ - 1);
+    for (const auto& [first, last] : {std::pair{i64{0}, row}, {row, row + 1}, {row + 1, n_rows_}}) {
+      if (first == last) continue;
+      if (cut) run(kernels, parts, first, last, 0, cut);
+      if (cut < n_out_) run(kernels, parts, first, last, cut, n_out_);
+    }
+    report.expect(parts.same_bits(whole), say("%s: not the same in rows [0,%lld) [%lld] and outputs [0,%lld)", what.c_str(),
+                                              (long long)row, (long long)row, (long long)cut));
+  }
+
+  std::string describe() const {
+    return say("%s %s%s group %lld, %s, n_in %lld n_out %lld rows %lld, %s%s%s", kFormatNames[int(shape_.format)],
+               kOrderNames[int(shape_.order)], shape_.symmetric ? " symmetric" : "", (long long)shape_.group,
+               kDataNames[int(data_)], (long long)n_in_, (long long)n_out_, (long long)n_rows_,
+               kActivationNames[int(activation_)], has_bias_ ? " bias" : "",
+               residual_kind_ == Residual::none ? "" : residual_kind_ == Residual::apart ? " residual" : " in place");
+  }
+
+ private:
+  float real() { return data_ == Data::real ? random_.uniform() : static_cast<float>(random_.in(-8, 8)); }
+
+  void make_dense() {
+    const i64 n = n_in_ * n_out_, shift = random_.in(0, 3);
+    for (i64 r = 0; r < n_rows_; ++r) {
+      for (i64 i = 0; i < stride_; ++i) {
+        const std::uint16_t b = data_ == Data::special ? special_bfloat(random_) : twin::to_bfloat(real());
+        halves_[r * stride_ + i] = i < n_in_ ? b : std::uint16_t{0};
+        if (i < n_in_) x_[r * x_stride_ + i] = shape_.format == Format::bf16 ? NAN : real();  // bf16 reads values only
+      }
+    }
+    // Weights at an odd place: files align elements, not vectors.
+    if (shape_.format == Format::f32) {
+      dense32_ = std::make_unique<Floats>(n, Role::input, shift);
+      for (i64 i = 0; i < n; ++i) (*dense32_)[i] = real();
+      matrix_.data = reinterpret_cast<const std::uint8_t*>(dense32_->data());
+    } else {
+      dense16_ = std::make_unique<Guarded<std::uint16_t>>(n, Role::input, shift);
+      for (i64 i = 0; i < n; ++i) {
+        std::uint16_t& w = (*dense16_)[i];
+        if (shape_.format == Format::bf16) {
+          w = data_ == Data::special ? special_bfloat(random_) : twin::to_bfloat(real());
+        } else if (data_ == Data::exact) {  // an integer from 1 to 8, or its negative
+          w = static_cast<std::uint16_t>(random_.in(0, 1) << 15 | random_.pick<int>({0x3C00, 0x4000, 0x4200, 0x4400, 0x4500, 0x4800}));
+        } else {  // denormals included, no infinities
+          w = static_cast<std::uint16_t>(random_.in(0, 1) << 15 | random_.in(0, 0x3C00));
+        }
+      }
+      matrix_.data = reinterpret_cast<const std::uint8_t*>(dense16_->data());
+    }
+    matrix_.format = shape_.format;
+    matrix_.order = shape_.order;
+    matrix_.n_in = n_in_;
+    matrix_.n_out = n_out_;
+  }
+
+  void make_integers() {
+    const bool int8 = shape_.format == Format::int8;
+    weights_ = {shape_.format, n_out_, n_in_, shape_.group, shape_.symmetric, {}, {}, {}, {}};
+    const i64 n_groups = weights_.n_groups();
+    for (i64 i = 0; i < n_out_ * n_in_; ++i) {
+      const i64 low = int8 ? -128 : 0, high = int8 ? 127 : 15;
+      i64 q = random_.in(low, high);
+      if (data_ == Data::exact && int8) q = random_.in(-8, 8);
+      if (data_ == Data::extreme) q = random_.in(0, 15) ? high : low;
+      weights_.q.push_back(static_cast<int>(q));
+    }
+    for (i64 i = 0; i < n_out_ * n_groups; ++i) {
+      // f16: 0.5, 1 and 2, or any from 2^-10 to 1; minima likewise, of either sign.
+      const auto scale = [&] {
+        return static_cast<std::uint16_t>(data_ == Data::real ? random_.in(0x1400, 0x3C00) : random_.pick<i64>({0x3800, 0x3C00, 0x4000}));
+      };
+      weights_.scales.push_back(scale());
+      weights_.minima.push_back(static_cast<std::uint16_t>(scale() | random_.in(0, 1) << 15));
+    }
+    for (i64 o = 0; o < n_out_; ++o) weights_.row_scales.push_back(data_ == Data::real ? random_.uniform() : random_.pick({0.5f, 1.f, 2.f}));
+    for (i64 r = 0; r < n_rows_; ++r) {
+      for (i64 i = 0; i < stride_; ++i) {
+        i64 q = random_.in(-127, 127);
+        if (data_ == Data::exact) q = random_.in(-7, 7);
+        if (data_ == Data::extreme) q = random_.in(0, 15) ? 127 : -127;
+        bytes_[r * stride_ + i] = static_cast<std::int8_t>(i < n_in_ ? q : 0);
+      }
+      for (i64 g = 0; g < n_groups; ++g) {
+        scales_.push_back(data_ == Data::real ? random_.uniform() : random_.pick({0.5f, 1.f, 2.f}));
+        std::int32_t sum = 0;
+        for (i64 i = weights_.begin_of(g); i < weights_.begin_of(g + 1); ++i) sum += bytes_[r * stride_ + i];
+        sums_.push_back(sum);
+      }
+    }
+    const std::vector<std::uint8_t> packed = weights_.packed();
+    panels_ = std::make_unique<Guarded<std::uint8_t>>(static_cast<i64>(packed.size()) + kSlack);
+    std::memcpy(panels_->data(), packed.data(), packed.size());
+    matrix_ = {panels_->data(), shape_.format, Order::packed, n_out_, n_in_, shape_.group, shape_.symmetric};
+  }
+
+  // The sum of x * w, and a bound of its rounding error.
+  double sum(i64 r, i64 o, double* error) const {
+    double total = 0, magnitude = 0;
+    if (packed_) {
+      // acc = fma(float(isum), s_w * s_x, acc), group by group: each term is rounded when it is converted and scaled,
+      // and each addition rounds an accumulator within the sum of magnitudes. With minima there are twice as many.
+      const i64 n_groups = weights_.n_groups();
+      for (i64 g = 0; g < n_groups; ++g) {
+        i64 products = 0;
+        for (i64 i = weights_.begin_of(g); i < weights_.begin_of(g + 1); ++i)
+          products += i64{bytes_[r * stride_ + i]} * weights_.at(o, i);
+        const double x_scale = double{scales_[static_cast<std::size_t>(r * n_groups + g)]};
+        const double terms[2] = {weights_.scale(o, g) * x_scale * static_cast<double>(products),
+                                 weights_.minimum(o, g) * x_scale * double(sums_[static_cast<std::size_t>(r * n_groups + g)])};
+        total += terms[0] + terms[1];
+        magnitude += std::fabs(terms[0]) + std::fabs(terms[1]);
+      }
+      // An integer above 2^24 is rounded when it is converted, even where the scales are powers of two.
+      *error = data_ == Data::exact ? 0 : double(2 * n_groups + 6) * kUnit * magnitude;
+      return data_ == Data::extreme && n_groups == 1 && shape_.format == Format::int8 ? (*error = 0, double(float(total))) : total;
+    }
+    const i64 step = shape_.order == Order::out_in ? 1 : n_out_, at = shape_.order == Order::out_in ? o * n_in_ : o;
+    if (shape_.format == Format::bf16) {
+      *error = 0;
+      return double{twin::bfloat_dot(halves_.data() + r * stride_, dense16_->data() + at, step, n_in_, fused_)};
+    }
+    for (i64 i = 0; i < n_in_; ++i) {
+      const i64 k = at + i * step;
+      const double term = double{x_[r * x_stride_ + i]} * (dense32_ ? double{(*dense32_)[k]} : twin::half((*dense16_)[k]));
+      total += term;
+      magnitude += std::fabs(term);
+    }
+    *error = data_ == Data::exact ? 0 : double(n_in_ + 2) * kUnit * magnitude;
+    return total;
+  }
+
+  double expected(i64 r, i64 o, double* tolerance) const {
+    double error = 0, y = sum(r, o, &error);
+    const bool to_the_bit = error == 0;  // then so are the additions that follow
+    const auto add = [&](float z) {
+      y += double{z};
+      if (to_the_bit && (activation_ == Activation::none || activation_ == Activation::relu)) y = double{float(y)};
+      error += to_the_bit ? 0 : kUnit * std::fabs(y);
+    };
+    if (has_bias_) add(bias_[o]);
+    if (activation_ != Activation::none) {
+      if (to_the_bit) y = double{float(y)};
+      error = twin::activation_error(activation_, y, error);
+      y = twin::activate(activation_, y);
+    }
+    if (residual_kind_ != Residual::none) {
+      add(residual_[r * y_stride_ + o]);
+      if (error > 0) error += kUnit * std::fabs(y);
+    }
+    *tolerance = error;
+    return y;
+  }
+
+  Shape shape_;
+  Data data_;
+  i64 n_in_, n_out_, n_rows_;
+  Random random_;
+  Activation activation_;
+  Residual residual_kind_;
+  bool has_bias_ = false, packed_, fused_ = true;
+  i64 x_stride_, y_stride_, stride_;
+  Floats x_;                            // f32 and f16
+  Guarded<std::uint16_t> halves_;       // bf16
+  Guarded<std::int8_t> bytes_;          // int8 and int4
+  std::vector<float> scales_;           // [rows][n_groups]
+  std::vector<std::int32_t> sums_;      // [rows][n_groups]
+  Floats bias_, residual_;
+  std::unique_ptr<Floats> dense32_;
+  std::unique_ptr<Guarded<std::uint16_t>> dense16_;
+  std::unique_ptr<Guarded<std::uint8_t>> panels_;
+  Quantized weights_;
+  Matrix matrix_;
+};
+
+// Every remainder of every dimension, and sizes of real models.
+struct Size {
+  i64 n_in, n_out, n_rows;
+};
+
+std::vector<Size> sizes() {
+  std::vector<Size> list{{768, 50, 1},  {768, 64, 7},    {1027, 130, 5}, {4096, 33, 2}, {3072, 16, 33},
+                         {64, 1000, 3}, {2048, 17, 130}, {100, 49, 300}, {8192, 3, 1},  {160, 576, 18}};
+  Random random(7);
+  for (i64 n = 1; n <= 70; ++n) {
+    list.push_back({n, random.in(1, 70), random.in(1, 5)});
+    list.push_back({random.in(1, 300), n, random.in(1, 20)});
+  }
+  for (i64 n = 1; n <= 40; ++n) list.push_back({random.in(1, 200), random.in(1, 70), n});
+  return list;
+}
+
+template <Format format>
+void test_linear(const Kernels& kernels, Report& report) {
+  std::uint64_t seed = 0;
+  for (const Shape& shape : shapes()) {
+    if (shape.format != format) continue;
+    for (const Size& size : sizes())
+      for (Data data : {Data::exact, Data::real, Data::special, Data::extreme}) {
+        if (data == Data::special && format != Format::bf16) continue;
+        if (data == Data::extreme && format < Format::int8) continue;
+        Problem(shape, data, size.n_in, size.n_out, size.n_rows, ++seed).check(kernels, report);
+      }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- inputs
+
+void test_quantize_rows(const Kernels& kernels, Report& report) {
+  Random random(11);
+  for (int trial = 0; trial < 600; ++trial) {
+    const i64 n_in = trial < 200 ? trial + 1 : random.pick<i64>({768, 1027, 4096, random.in(1, 300)});
+    const i64 group = random.pick<i64>({0, 32, 64, 128}), n_groups = group ? div_up(n_in, group) : 1;
+    const i64 n_rows = random.in(1, 6), x_stride = n_in + random.in(0, 3), stride = round_up(n_in, 64);
+    Floats x(n_rows * x_stride, Role::input, random.in(0, 3));
+    for (i64 r = 0; r < n_rows; ++r) {
+      const float size = random.pick({1.f, 1e4f, 1e-4f, 0.f, 1e-36f, 1e-44f, 1e36f});
+      for (i64 i = 0; i < n_in; ++i) x[r * x_stride + i] = random.uniform(size);
+    }
+    Guarded<std::int8_t> values(n_rows * stride, Role::output), again(n_rows * stride, Role::output);
+    Floats scales(n_rows * n_groups, Role::output, random.in(0, 3)), scales2(n_rows * n_groups, Role::output);
+    Guarded<std::int32_t> sums(n_rows * n_groups, Role::output, random.in(0, 3)), sums2(n_rows * n_groups, Role::output);
+    const auto run = [&](Guarded<std::int8_t>& v, Floats& s, Guarded<std::int32_t>& t, i64 begin, i64 end) {
+      kernels.quantize_rows(x.data(), x_stride, n_in, group, v.data(), stride, s.data(), t.data(), begin, end);
+    };
+    run(values, scales, sums, 0, n_rows);
+    const std::string what = say("n_in %lld group %lld rows %lld", (long long)n_in, (long long)group, (long long)n_rows);
+    values.check_zones(report, what);
+    scales.check_zones(report, what);
+    sums.check_zones(report, what);
+    for (i64 r = 0; r < n_rows; ++r) {
+      for (i64 g = 0; g < n_groups; ++g) {
+        const i64 begin = g * group, end = group ? std::min(begin + group, n_in) : n_in;
+        const std::string where = say("%s, row %lld group %lld", what.c_str(), (long long)r, (long long)g);
+        double largest = 0;
+        for (i64 i = begin; i < end; ++i) largest = std::max(largest, std::fabs(double{x[r * x_stride + i]}));
+        const double scale = double{scales[r * n_groups + g]};
+        // 127 steps to the largest value; a group this side of the smallest normal may vanish, or keep a scale.
+        const double tiny = largest < 0x1p-118 ? largest : 0;
+        report.near(scale, largest / 127, 3 * kUnit * largest / 127 + tiny, where + ", scale");
+        std::int32_t sum = 0;
+        for (i64 i = begin; i < end; ++i) {
+          const int q = values[r * stride + i];
+          sum += q;
+          // Rounded to the nearest step; x / scale itself is known to 4 roundings of at most 127.
+          report.near(q * scale, double{x[r * x_stride + i]}, scale * (0.5 + 127 * 4 * kUnit) + tiny, where);
+          report.expect(q >= -127 && q <= 127, where + ": -128");
+        }
+        report.expect(sums[r * n_groups + g] == sum, where + ": wrong sum");
+      }
+      for (i64 i = n_in; i < stride; ++i) report.expect(values[r * stride + i] == 0, what + ": padding is not zero");
+    }
+    const i64 cut = random.in(0, n_rows);
+    run(again, scales2, sums2, 0, cut);
+    run(again, scales2, sums2, cut, n_rows);
+    report.expect(again.same_bits(values) && scales2.same_bits(scales) && sums2.same_bits(sums), what + ": rows differ when alone");
+  }
+}
+
+void test_round_rows(const Kernels& kernels, Report& report) {
+  Random random(12);
+  for (int trial = 0; trial < 300; ++trial) {
+    const i64 n_in = trial < 140 ? trial + 1 : random.in(1, 2000), n_rows = random.in(1, 5);
+    const i64 x_stride = n_in + random.in(0, 3), stride = round_up(n_in, 32);
+    Floats x(n_rows * x_stride, Role::input, random.in(0, 3));
+    for (i64 r = 0; r < n_rows; ++r)
+      for (i64 i = 0; i < n_in; ++i)  // any bits at all, or the middle between two bf16 values
+        x[r * x_stride + i] = twin::float_of_bits(static_cast<std::uint32_t>(random.bits()) & (random.in(0, 1) ? 0xFFFFFFFFu : 0xFFFF8000u));
+    Guarded<std::uint16_t> whole(n_rows * stride, Role::output), parts(n_rows * stride, Role::output);
+    kernels.round_rows(x.data(), x_stride, n_in, whole.data(), stride, 0, n_rows);
+    const std::string what = say("n_in %lld rows %lld", (long long)n_in, (long long)n_rows);
+    whole.check_zones(report, what);
+    for (i64 r = 0; r < n_rows; ++r)
+      for (i64 i = 0; i < stride; ++i) {
+        const float value = i < n_in ? x[r * x_stride + i] : 0;
+        const std::uint16_t got = whole[r * stride + i], want = twin::to_bfloat(value);
+        // A denormal may be flushed here already: the product flushes it anyway.
+        const bool flushed = (twin::bits_of(value) & 0x7F800000) == 0 && (got & 0x7FFF) == 0;
+        report.expect(got == want || flushed || (std::isnan(value) && std::isnan(twin::bfloat(got))),
+                      say("%s: %04x from %08x, not %04x", what.c_str(), got, twin::bits_of(value), want));
+      }
+    for (i64 r = n_rows; r-- > 0;) kernels.round_rows(x.data(), x_stride, n_in, parts.data(), stride, r, r + 1);
+    report.expect(parts.same_bits(whole), what + ": rows differ when alone");
+  }
+}
+
+void test_embed(const Kernels& kernels, Report& report) {
+  Random random(13);
+  for (const Shape& shape : shapes()) {
+    if (shape.order == Order::in_out) continue;
+    for (int trial = 0; trial < 120; ++trial) {
+      const i64 width = trial < 70 ? trial + 1 : random.pick<i64>({768, 1027, 160}), vocabulary = random.pick<i64>({1, 3, 50, 33});
+      const i64 n_rows = random.in(1, 40), y_stride = width + random.in(0, 5);
+      const bool add = random.in(0, 1) == 1;
+      Quantized q{shape.format, vocabulary, width, shape.group, shape.symmetric, {}, {}, {}, {}};
+      std::unique_ptr<Floats> f32;
+      std::unique_ptr<Guarded<std::uint16_t>> f16;
+      std::unique_ptr<Guarded<std::uint8_t>> bytes;
+      Matrix table{nullptr, shape.format, shape.order, vocabulary, width, shape.group, shape.symmetric};
+      const i64 n = vocabulary * width, shift = random.in(0, 3);
+      if (shape.format == Format::f32) {
+        f32 = std::make_unique<Floats>(n, Role::input, shift);
+        for (i64 i = 0; i < n; ++i) (*f32)[i] = random.uniform();
+        table.data = reinterpret_cast<const std::uint8_t*>(f32->data());
+      } else if (shape.order == Order::out_in) {
+        f16 = std::make_unique<Guarded<std::uint16_t>>(n, Role::input, shift);
+        for (i64 i = 0; i < n; ++i)
+          (*f16)[i] = static_cast<std::uint16_t>(random.in(0, 1) << 15 | random.in(shape.format == Format::bf16 ? 0x80 : 0, 0x7BFF));
+        table.data = reinterpret_cast<const std::uint8_t*>(f16->data());
+      } else {
+        for (i64 i = 0; i < n; ++i) q.q.push_back(static_cast<int>(shape.format == Format::int8 ? random.in(-128, 127) : random.in(0, 15)));
+        for (i64 i = 0; i < vocabulary * q.n_groups(); ++i) {
+          q.scales.push_back(static_cast<std::uint16_t>(random.in(0x0400, 0x3C00)));
+          q.minima.push_back(static_cast<std::uint16_t>(random.in(0, 1) << 15 | random.in(0x0400, 0x3C00)));
+        }
+        for (i64 o = 0; o < vocabulary; ++o) q.row_scales.push_back(random.uniform());
+        const std::vector<std::uint8_t> packed = q.packed();
+        bytes = std::make_unique<Guarded<std::uint8_t>>(static_cast<i64>(packed.size()) + kSlack);
+        std::memcpy(bytes->data(), packed.data(), packed.size());
+        table.data = bytes->data();
+      }
+      Guarded<std::int32_t> ids(n_rows);
+      for (i64 r = 0; r < n_rows; ++r) ids[r] = static_cast<std::int32_t>(random.in(0, vocabulary - 1));
+      Floats whole(n_rows * y_stride, Role::output, random.in(0, 3)), parts(n_rows * y_stride, Role::output), before(n_rows * y_stride);
+      for (i64 r = 0; r < n_rows; ++r)
+        for (i64 i = 0; i < width; ++i) {
+          before[r * y_stride + i] = random.uniform();
+          if (add) whole[r * y_stride + i] = parts[r * y_stride + i] = before[r * y_stride + i];
+        }
+      kernels.embed(table, ids.data(), whole.data(), y_stride, add, 0, n_rows);
+      for (i64 r = n_rows; r-- > 0;) kernels.embed(table, ids.data(), parts.data(), y_stride, add, r, r + 1);
+      const std::string what = say("%s group %lld%s, width %lld vocabulary %lld%s", kFormatNames[int(shape.format)], (long long)shape.group,
+                                   shape.symmetric ? " symmetric" : "", (long long)width, (long long)vocabulary, add ? " add" : "");
+      whole.check_zones(report, what);
+      report.expect(parts.same_bits(whole), what + ": rows differ when alone");
+      for (i64 r = 0; r < n_rows; ++r) {
+        for (i64 i = 0; i < width; ++i) {
+          const i64 id = ids[r];
+          // A dense value is exact; scale * q is rounded once; with a minimum there is one addition more.
+          double want, tolerance = 0;
+          if (f32) {
+            want = double{(*f32)[id * width + i]};
+          } else if (f16) {
+            const std::uint16_t bits = (*f16)[id * width + i];
+            want = shape.format == Format::bf16 ? double{twin::bfloat(bits)} : twin::half(bits);
+          } else {
+            const double a = q.scale(id, q.group_of(i)) * q.at(id, i), b = q.minimum(id, q.group_of(i));
+            want = a + b;
+            tolerance = shape.format == Format::int8 ? kUnit * std::fabs(a) : 2 * kUnit * (std::fabs(a) + std::fabs(b));
+          }
+          if (add) {
+            want += double{before[r * y_stride + i]};
+            tolerance += kUnit * std::fabs(want);
+          }
+          if (!report.near(double{whole[r * y_stride + i]}, want, tolerance, say("%s, row %lld value %lld", what.c_str(), (long long)r, (long long)i))) break;
+        }
+        for (i64 i = width; i < y_stride; ++i) report.expect(whole.untouched(r * y_stride + i), what + ": wrote between the rows");
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- by rows
+
+// Runs a kernel over all rows, then over the rows one by one; checks the zones, the gaps and one answer.
+template <typename Run>
+void whole_and_alone(Report& report, const std::string& what, Floats& y, i64 n_rows, i64 width, i64 y_stride, Run run) {
+  Floats alone(n_rows * y_stride, Role::output, 1);
+  run(y.data(), i64{0}, n_rows);
+  for (i64 r = n_rows; r-- > 0;) run(alone.data(), r, r + 1);
+  y.check_zones(report, what);
+  alone.check_zones(report, what);
+  report.expect(alone.same_bits(y), what + ": rows differ when alone");
+  for (i64 r = 0; r < n_rows; ++r)
+    for (i64 i = width; i < y_stride; ++i) report.expect(y.untouched(r * y_stride + i), what + ": wrote between the rows");
+}
+
+void test_layer_norm(const Kernels& kernels, Report& report) {
+  Random random(21);
+  for (int trial = 0; trial < 200; ++trial) {
+    const i64 width = trial < 130 ? trial + 1 : random.pick<i64>({768, 1600, 4099}), n_rows = random.in(1, 6);
+    const i64 x_stride = width + random.in(0, 3), y_stride = width + random.in(0, 3);
+    const bool has_bias = random.in(0, 1) == 1;
+    const float eps = 1e-5f, offset = random.pick({0.f, 1.f, 100.f});
+    Floats x(n_rows * x_stride, Role::input, random.in(0, 3)), weight(width, Role::input, random.in(0, 3)), bias(width);
+    Floats y(n_rows * y_stride, Role::output, random.in(0, 3));
+    for (i64 r = 0; r < n_rows; ++r)
+      for (i64 i = 0; i < width; ++i) x[r * x_stride + i] = offset + random.uniform(3);
+    for (i64 i = 0; i < width; ++i) weight[i] = random.uniform(2), bias[i] = random.uniform();
+    const std::string what = say("width %lld rows %lld offset %g%s", (long long)width, (long long)n_rows, double{offset}, has_bias ? " bias" : "");
+    whole_and_alone(report, what, y, n_rows, width, y_stride, [&](float* out, i64 begin, i64 end) {
+      kernels.layer_norm(x.data(), x_stride, weight.data(), has_bias ? bias.data() : nullptr, eps, width, out, y_stride, begin, end);
+    });
+    const double n = double(width);
+    for (i64 r = 0; r < n_rows; ++r) {
+      const float* row = x.data() + r * x_stride;
+      double mean = 0, size = 0, variance = 0;
+      for (i64 i = 0; i < width; ++i) mean += double{row[i]} / n, size += std::fabs(double{row[i]}) / n;
+      for (i64 i = 0; i < width; ++i) variance += (double{row[i]} - mean) * (double{row[i]} - mean) / n;
+      const double deviation = std::sqrt(variance + double{eps});
+      // The mean is known to n u size; the centred values to that and one rounding; their variance relatively to
+      // n + 4 roundings and the square of the mean's error (first-order errors cancel: the centred values sum to 0).
+      const double mean_error = (n + 1) * kUnit * size;
+      const double relative = (n + 8) * kUnit + mean_error * mean_error / (deviation * deviation);
+      for (i64 i = 0; i < width; ++i) {
+        const double centred = double{row[i]} - mean, w = double{weight[i]};
+        const double want = centred / deviation * w + (has_bias ? double{bias[i]} : 0);
+        const double tolerance = std::fabs(w) / deviation * (mean_error + std::fabs(centred) * relative) + 2 * kUnit * (std::fabs(want) + std::fabs(double{bias[i]}));
+        if (!report.near(double{y[r * y_stride + i]}, want, tolerance, say("%s, row %lld value %lld", what.c_str(), (long long)r, (long long)i))) break;
+      }
+    }
+  }
+}
+
+void test_rms_norm(const Kernels& kernels, Report& report) {
+  Random random(22);
+  for (int trial = 0; trial < 200; ++trial) {
+    const i64 width = trial < 130 ? trial + 1 : random.pick<i64>({576, 2048, 4099}), runs = random.in(1, 4), n_rows = random.in(1, 6);
+    const i64 all = width * runs, x_stride = all + random.in(0, 3), y_stride = all + random.in(0, 3);
+    const float eps = random.pick({1e-5f, 1e-6f});
+    Floats x(n_rows * x_stride, Role::input, random.in(0, 3)), weight(width, Role::input, random.in(0, 3));
+    Floats y(n_rows * y_stride, Role::output, random.in(0, 3));
+    for (i64 r = 0; r < n_rows; ++r)
+      for (i64 i = 0; i < all; ++i) x[r * x_stride + i] = random.uniform(3);
+    for (i64 i = 0; i < width; ++i) weight[i] = random.uniform(2);
+    const std::string what = say("width %lld runs %lld rows %lld", (long long)width, (long long)runs, (long long)n_rows);
+    whole_and_alone(report, what, y, n_rows, all, y_stride, [&](float* out, i64 begin, i64 end) {
+      kernels.rms_norm(x.data(), x_stride, weight.data(), eps, width, runs, out, y_stride, begin, end);
+    });
+    for (i64 r = 0; r < n_rows; ++r)
+      for (i64 run = 0; run < runs; ++run) {
+        const float* row = x.data() + r * x_stride + run * width;
+        double squares = 0;
+        for (i64 i = 0; i < width; ++i) squares += double{row[i]} * double{row[i]};
+        const double root = std::sqrt(squares / double(width) + double{eps});
+        for (i64 i = 0; i < width; ++i) {
+          const double want = double{row[i]} / root * double{weight[i]};
+          const double tolerance = (double(width + 2) / 2 + 8) * kUnit * std::fabs(want);
+          if (!report.near(double{y[r * y_stride + run * width + i]}, want, tolerance, say("%s, row %lld run %lld value %lld", what.c_str(), (long long)r, (long long)run, (long long)i))) break;
+        }
+      }
+  }
+}
+
+void test_gate_and_add(const Kernels& kernels, Report& report) {
+  Random random(23);
+  const Activation activations[] = {Activation::none, Activation::gelu, Activation::gelu_new, Activation::silu, Activation::relu};
+  for (int trial = 0; trial < 300; ++trial) {
+    const i64 width = trial < 130 ? trial + 1 : random.pick<i64>({1536, 3072, 4099}), n_rows = random.in(1, 6);
+    const i64 a_stride = width + random.in(0, 3), b_stride = width + random.in(0, 3), y_stride = width + random.in(0, 3);
+    const Activation activation = activations[trial % 5];
+    Floats a(n_rows * a_stride, Role::input, random.in(0, 3)), b(n_rows * b_stride, Role::input, random.in(0, 3));
+    Floats y(n_rows * y_stride, Role::output, random.in(0, 3)), sum(n_rows * y_stride, Role::output, random.in(0, 3));
+    const bool hard = random.in(0, 3) == 0;  // far out, where exp over- and underflows
+    for (i64 r = 0; r < n_rows; ++r)
+      for (i64 i = 0; i < width; ++i) {
+        a[r * a_stride + i] = hard ? random.pick({0.f, -0.f, 40.f, -40.f, 88.f, -88.f, 104.f, -104.f, 3e4f, -3e4f, 3e30f, -3e30f, 1e-20f, INFINITY, NAN}) : random.uniform(8);
+        b[r * b_stride + i] = random.uniform(2);
+      }
+    const std::string what = say("%s, width %lld rows %lld", kActivationNames[int(activation)], (long long)width, (long long)n_rows);
+    whole_and_alone(report, "gate " + what, y, n_rows, width, y_stride, [&](float* out, i64 begin, i64 end) {
+      kernels.gate(a.data(), a_stride, b.data(), b_stride, activation, width, out, y_stride, begin, end);
+    });
+    whole_and_alone(report, "add " + what, sum, n_rows, width, y_stride, [&](float* out, i64 begin, i64 end) {
+      kernels.add(a.data(), a_stride, b.data(), b_stride, width, out, y_stride, begin, end);
+    });
+    for (i64 r = 0; r < n_rows; ++r)
+      for (i64 i = 0; i < width; ++i) {
+        const double gate = double{a[r * a_stride + i]}, up = double{b[r * b_stride + i]};
+        const std::string where = say("%s: gate %g up %g", what.c_str(), gate, up);
+        report.near(double{sum[r * y_stride + i]}, double{a[r * a_stride + i] + b[r * b_stride + i]}, 0, "add " + where);
+        if (activation == Activation::relu && std::isnan(gate)) continue;  // 0 or NaN
+        const double active = twin::activate(activation, gate);
+        const double tolerance = std::fabs(up) * (twin::activation_error(activation, gate, 0) + kUnit * std::fabs(active));
+        report.near(double{y[r * y_stride + i]}, double{float(active * up)}, std::isinf(gate) ? 0 : tolerance, "gate " + where);
+      }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- attention
+
+void test_rotate(const Kernels& kernels, Report& report) {
+  Random random(31);
+  for (int trial = 0; trial < 260; ++trial) {
+    const i64 head_dim = trial < 130 ? trial + 1 : random.pick<i64>({10, 16, 64, 80, 128}), n_heads = random.in(1, 5), n_rows = random.in(1, 9);
+    const i64 stride = n_heads * head_dim + random.in(0, 3), n_pairs = random.in(0, 2) ? head_dim / 2 : random.in(0, head_dim / 2);
+    const bool interleaved = random.in(0, 1) == 1;
+    Floats cosines(n_rows * n_pairs), sines(n_rows * n_pairs), x(n_rows * stride, Role::output, random.in(0, 3));
+    Floats before(n_rows * stride), alone(n_rows * stride, Role::output, 1);
+    for (i64 i = 0; i < n_rows * n_pairs; ++i) cosines[i] = random.uniform(), sines[i] = random.uniform();
+    for (i64 r = 0; r < n_rows; ++r)
+      for (i64 i = 0; i < n_heads * head_dim; ++i) x[r * stride + i] = alone[r * stride + i] = before[r * stride + i] = random.uniform(3);
+    const Rotation rotation{n_pairs, interleaved, cosines.data(), sines.data()};
+    kernels.rotate(rotation, x.data(), stride, n_heads, head_dim, 0, n_rows);
+    for (i64 r = n_rows; r-- > 0;) kernels.rotate(rotation, alone.data(), stride, n_heads, head_dim, r, r + 1);
+    const std::string what = say("head_dim %lld pairs %lld heads %lld rows %lld%s", (long long)head_dim, (long long)n_pairs, (long long)n_heads, (long long)n_rows, interleaved ? " interleaved" : "");
+    x.check_zones(report, what);
+    report.expect(alone.same_bits(x), what + ": rows differ when alone");
+    for (i64 r = 0; r < n_rows; ++r) {
+      for (i64 h = 0; h < n_heads; ++h) {
+        const i64 head = r * stride + h * head_dim;
+        for (i64 i = 0; i < n_pairs; ++i) {
+          const i64 a = head + (interleaved ? 2 * i : i), b = head + (interleaved ? 2 * i + 1 : i + n_pairs);
+          const double c = double{cosines[r * n_pairs + i]}, s = double{sines[r * n_pairs + i]}, xa = double{before[a]}, xb = double{before[b]};
+          report.near(double{x[a]}, xa * c - xb * s, 2 * kUnit * (std::fabs(xa * c) + std::fabs(xb * s)), what);
+          report.near(double{x[b]}, xb * c + xa * s, 2 * kUnit * (std::fabs(xb * c) + std::fabs(xa * s)), what);
+        }
+        for (i64 i = 2 * n_pairs; i < head_dim; ++i) report.expect(twin::bits_of(x[head + i]) == twin::bits_of(before[head + i]), what + ": changed a dimension that has no pair");
+      }
+      for (i64 i = n_heads * head_dim; i < stride; ++i) report.expect(x.untouched(r * stride + i), what + ": wrote between the rows");
+    }
+  }
+}
+
+// Sequences with pages in any order. What no token has written is NaN: no kernel may let it through.
+class Cache {
+ public:
+  Cache(Random& random, KvFormat format, i64 n_kv_heads, i64 head_dim, const std::vector<i64>& lengths)
+      : random_(random), format_(format), n_heads_(n_kv_heads), dim_(head_dim) {
+    for (i64 length : lengths) width_ = std::max(width_, div_up(length, kPage));
+    width_ += random.in(0, 2);
+    i64 n_pages = random.in(0, 2);
+    for (i64 length : lengths) n_pages += div_up(length, kPage);
+    std::vector<std::int32_t> pages;
+    for (i64 p = 0; p < n_pages; ++p) pages.insert(pages.begin() + random.in(0, p), static_cast<std::int32_t>(p));
+    for (i64 length : lengths)
+      for (i64 i = 0; i < width_; ++i) {
+        const bool used = i < div_up(length, kPage);
+        table_.push_back(used ? pages.back() : -1);  // no such page
+        if (used) pages.pop_back();
+      }
+    size_ = n_pages * n_kv_heads * head_dim * kPage;
+    keys_ = std::make_unique<Guarded<std::uint8_t>>(size_ * bytes());
+    values_ = std::make_unique<Guarded<std::uint8_t>>(size_ * bytes());
+  }
+
+  KvLayer layer() { return {keys_->data(), values_->data(), format_, n_heads_, dim_}; }
+  Rows rows(const std::vector<std::int32_t>& positions, const std::vector<std::int32_t>& sequence) const {
+    return {static_cast<i64>(positions.size()), positions.data(), sequence.data(), table_.data(), width_};
+  }
+  i64 key(i64 sequence, i64 position, i64 head, i64 d) const {
+    return ((page(sequence, position) * n_heads_ + head) * dim_ + d) * kPage + position % kPage;
+  }
+  i64 value(i64 sequence, i64 position, i64 head, i64 d) const {
+    return ((page(sequence, position) * n_heads_ + head) * kPage + position % kPage) * dim_ + d;
+  }
+  float get(bool keys, i64 at) const {
+    const std::uint8_t* p = (keys ? keys_ : values_)->data() + at * bytes();
+    float f;
+    std::uint16_t b;
+    if (format_ == KvFormat::f32) return std::memcpy(&f, p, 4), f;
+    return std::memcpy(&b, p, 2), twin::bfloat(b);
+  }
+  void set(bool keys, i64 at, float x) {
+    std::uint8_t* p = (keys ? keys_ : values_)->data() + at * bytes();
+    const std::uint16_t b = twin::to_bfloat(x);
+    format_ == KvFormat::f32 ? std::memcpy(p, &x, 4) : std::memcpy(p, &b, 2);
+  }
+  i64 size() const { return size_; }
+  void check_zones(Report& report, const std::string& what) {
+    keys_->check_zones(report, what);
+    values_->check_zones(report, what);
+  }
+
+ private:
+  i64 bytes() const { return format_ == KvFormat::f32 ? 4 : 2; }
+  i64 page(i64 sequence, i64 position) const { return table_[static_cast<std::size_t>(sequence * width_ + position / kPage)]; }
+
+  Random& random_;
+  KvFormat format_;
+  i64 n_heads_, dim_, width_ = 0, size_ = 0;
+  std::vector<std::int32_t> table_;
+  std::unique_ptr<Guarded<std::uint8_t>> keys_, values_;
+};
+
+// A batch: of each sequence a chunk of its last positions; one alone is a decoding step.
+struct Chunks {
+  std::vector<i64> lengths;
+  std::vector<std::int32_t> positions, sequence;
+
+  Chunks(Random& random, i64 longest) {
+    for (i64 s = 0, n = random.in(1, 4); s < n; ++s) {
+      lengths.push_back(random.in(1, longest));
+      const i64 chunk = random.in(0, 1) ? 1 : random.in(1, std::min<i64>(lengths.back(), 45));
+      for (i64 p = lengths.back() - chunk; p < lengths.back(); ++p) {
+        positions.push_back(static_cast<std::int32_t>(p));
+        sequence.push_back(static_cast<std::int32_t>(s));
+      }
+    }
+  }
+};
+
+void test_store_kv(const Kernels& kernels, Report& report) {
+  Random random(32);
+  for (int trial = 0; trial < 200; ++trial) {
+    const i64 head_dim = trial < 70 ? trial + 1 : random.pick<i64>({10, 16, 64, 80, 128}), n_kv_heads = random.in(1, 4);
+    const KvFormat format = random.pick({KvFormat::f32, KvFormat::bf16});
+    const Chunks batch(random, 120);
+    Cache got(random, format, n_kv_heads, head_dim, batch.lengths);
+    const i64 n = static_cast<i64>(batch.positions.size()), width = n_kv_heads * head_dim;
+    const i64 k_stride = width + random.in(0, 3), v_stride = width + random.in(0, 3);
+    Floats k(n * k_stride, Role::input, random.in(0, 3)), v(n * v_stride, Role::input, random.in(0, 3));
+    for (i64 r = 0; r < n; ++r)
+      for (i64 i = 0; i < width; ++i) k[r * k_stride + i] = random.uniform(3), v[r * v_stride + i] = random.uniform(3);
+    const Rows rows = got.rows(batch.positions, batch.sequence);
+    const i64 cut = random.in(0, n);
+    kernels.store_kv(got.layer(), rows, k.data(), k_stride, v.data(), v_stride, 0, cut);
+    kernels.store_kv(got.layer(), rows, k.data(), k_stride, v.data(), v_stride, cut, n);
+    const std::string what = say("%s head_dim %lld kv_heads %lld rows %lld", format == KvFormat::f32 ? "f32" : "bf16", (long long)head_dim, (long long)n_kv_heads, (long long)n);
+    got.check_zones(report, what);
+    i64 written = 0;
+    for (i64 r = 0; r < n; ++r)
+      for (i64 h = 0; h < n_kv_heads; ++h)
+        for (i64 d = 0; d < head_dim; ++d) {
+          const auto stored = [&](float x) { return format == KvFormat::f32 ? x : twin::bfloat(twin::to_bfloat(x)); };
+          const i64 s = batch.sequence[static_cast<std::size_t>(r)], p = batch.positions[static_cast<std::size_t>(r)];
+          report.near(double{got.get(true, got.key(s, p, h, d))}, double{stored(k[r * k_stride + h * head_dim + d])}, 0, what + " key");
+          report.near(double{got.get(false, got.value(s, p, h, d))}, double{stored(v[r * v_stride + h * head_dim + d])}, 0, what + " value");
+          ++written;
+        }
+    for (bool keys : {true, false}) {
+      i64 numbers = 0;
+      for (i64 i = 0; i < got.size(); ++i) numbers += !std::isnan(got.get(keys, i));
+      report.expect(numbers == written, what + ": wrote where no token stands");
+    }
+  }
+}
+
+void test_attend(const Kernels& kernels, Report& report) {
+  Random random(33);
+  for (int trial = 0; trial < 400; ++trial) {
+    const i64 head_dim = trial < 130 ? trial + 1 : random.pick<i64>({10, 16, 64, 80, 128}), n_kv_heads = random.in(1, 3);
+    const i64 share = random.pick<i64>({1, 1, 2, 3, 4, 7, 8}), n_heads = n_kv_heads * share;
+    const KvFormat format = random.pick({KvFormat::f32, KvFormat::bf16});
+    const i64 window = random.pick<i64>({0, 0, 1, 5, 32, 33, 100});
+    // Even: all scores are 0 and the values are integers, so that a power of two of keys gives an exact mean.
+    const bool even = random.in(0, 3) == 0;
+    const Chunks batch(random, trial % 10 == 9 ? 1100 : 100);
+    Cache cache(random, format, n_kv_heads, head_dim, batch.lengths);
+    for (i64 s = 0; s < static_cast<i64>(batch.lengths.size()); ++s)
+      for (i64 p = 0; p < batch.lengths[static_cast<std::size_t>(s)]; ++p)
+        for (i64 h = 0; h < n_kv_heads; ++h)
+          for (i64 d = 0; d < head_dim; ++d) {
+            cache.set(true, cache.key(s, p, h, d), random.uniform(2));
+            cache.set(false, cache.value(s, p, h, d), even ? static_cast<float>(random.in(-8, 8)) : random.uniform(2));
+          }
+    const i64 n = static_cast<i64>(batch.positions.size()), width = n_heads * head_dim;
+    const i64 q_stride = width + random.in(0, 3), y_stride = width + random.in(0, 3);
+    Floats q(n * q_stride, Role::input, random.in(0, 3)), y(n * y_stride, Role::output, random.in(0, 3)), parts(n * y_stride, Role::output, 1);
+    for (i64 r = 0; r < n; ++r)
+      for (i64 i = 0; i < width; ++i) q[r * q_stride + i] = even ? 0 : random.uniform(2);
+    const float scale = random.pick({1.f, 0.125f, 1 / std::sqrt(static_cast<float>(head_dim))});
+    Attend attend{cache.rows(batch.positions, batch.sequence), q.data(), q_stride, cache.layer(), n_heads, scale, window, y.data(), y_stride};
+    kernels.attend(attend, 0, n * n_kv_heads, scratch());
+    const std::string what = say("%s head_dim %lld heads %lld/%lld rows %lld sequences %zu window %lld%s", format == KvFormat::f32 ? "f32" : "bf16", (long long)head_dim,
+                                 (long long)n_heads, (long long)n_kv_heads, (long long)n, batch.lengths.size(), (long long)window, even ? " even" : "");
+    y.check_zones(report, what);
+    bool good = true;
+    for (i64 r = 0; r < n && good; ++r) {
+      const i64 s = batch.sequence[static_cast<std::size_t>(r)], p = batch.positions[static_cast<std::size_t>(r)], first = window ? std::max<i64>(0, p - window + 1) : 0;
+      for (i64 h = 0; h < n_heads && good; ++h) {
+        const i64 kv = h / share, keys = p - first + 1;
+        std::vector<double> weights;
+        double score_error = 0, largest = -INFINITY, total = 0;
+        for (i64 j = first; j <= p; ++j) {
+          double score = 0, size = 0;
+          for (i64 d = 0; d < head_dim; ++d) {
+            const double term = double{q[r * q_stride + h * head_dim + d]} * double{cache.get(true, cache.key(s, j, kv, d))} * double{scale};
+            score += term;
+            size += std::fabs(term);
+          }
+          weights.push_back(score);
+          score_error = std::max(score_error, double(head_dim + 3) * kUnit * size + 2 * kUnit * std::fabs(score));
+          largest = std::max(largest, score);
+        }
+        for (double& w : weights) total += w = std::exp(w - largest);
+        for (i64 d = 0; d < head_dim && good; ++d) {
+          double want = 0, size = 0;
+          for (i64 j = first; j <= p; ++j) {
+            const double term = weights[static_cast<std::size_t>(j - first)] / total * double{cache.get(false, cache.value(s, j, kv, d))};
+            want += term;
+            size += std::fabs(term);
+          }
+          // A weight exp(s - m) is off by twice a score's error, the difference's rounding (|s - m| is under 2^8
+          // here) and a few of exp's own; numerator and denominator each sum `keys` terms, page by page, and
+          // every page's merge rescales both.
+          const double relative = 4 * score_error + (2 * double(keys) + 8 * double(keys / kPage + 2) + 2 * 64) * kUnit;
+          const bool exact = keys == 1 || (even && (keys & (keys - 1)) == 0);
+          good = report.near(double{y[r * y_stride + h * head_dim + d]}, want, exact ? 0 : relative * size,
+                             say("%s: position %lld head %lld value %lld%s", what.c_str(), (long long)p, (long long)h, (long long)d, exact ? " exact" : ""));
+        }
+      }
+      for (i64 i = width; i < y_stride; ++i) report.expect(y.untouched(r * y_stride + i), what + ": wrote between the rows");
+    }
+    // One answer: items in two ranges; and a row alone in its batch, while all the others' queries are NaN.
+    attend.y = parts.data();
+    const i64 cut = random.in(0, n * n_kv_heads);
+    kernels.attend(attend, 0, cut, scratch());
+    kernels.attend(attend, cut, n * n_kv_heads, scratch());
+    report.expect(parts.same_bits(y), say("%s: differs in items [0,%lld)", what.c_str(), (long long)cut));
+    const i64 row = random.in(0, n - 1);
+    const auto same_row = [&](const float* alone) { return same_bits(alone, y.data() + row * y_stride, static_cast<std::size_t>(width)); };
+    Floats alone(y_stride, Role::output, 2);
+    const std::vector<std::int32_t> position{batch.positions[static_cast<std::size_t>(row)]}, sequence{batch.sequence[static_cast<std::size_t>(row)]};
+    Attend one = attend;
+    one.rows = cache.rows(position, sequence);
+    one.q = q.data() + row * q_stride;
+    one.y = alone.data();
+    kernels.attend(one, 0, n_kv_heads, scratch());
+    report.expect(same_row(alone.data()), say("%s: row %lld differs when alone", what.c_str(), (long long)row));
+    for (i64 r = 0; r < n; ++r)
+      for (i64 i = 0; i < width; ++i)
+        if (r != row) q[r * q_stride + i] = NAN;
+    kernels.attend(attend, 0, n * n_kv_heads, scratch());
+    report.expect(same_row(parts.data() + row * y_stride), say("%s: row %lld differs beside rows of NaN", what.c_str(), (long long)row));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- sampling
+
+void test_arg_max(const Kernels& kernels, Report& report) {
+  Random random(41);
+  for (i64 trial = 1; trial <= 300; ++trial) {
+    const i64 n = trial <= 200 ? trial : random.pick<i64>({32000, 50257, 49152, 151936});
+    Floats x(n, Role::input, random.in(0, 3));
+    const i64 levels = random.pick<i64>({0, 1, 3, 1000000});  // few levels: many ties
+    const float low = random.pick({-INFINITY, -1e30f, -5.f});
+    for (i64 i = 0; i < n; ++i) x[i] = levels ? low + static_cast<float>(random.in(0, levels)) : low;
+    i64 want = 0;
+    for (i64 i = 1; i < n; ++i)
+      if (x[i] > x[want]) want = i;
+    const i64 got = kernels.arg_max(x.data(), n);
+    report.expect(got == want, say("n %lld, %lld levels from %g: %lld, not %lld", (long long)n, (long long)levels, double{low}, (long long)got, (long long)want));
+  }
+}
+
+void test_sum_exp(const Kernels& kernels, Report& report) {
+  Random random(42);
+  for (i64 trial = 1; trial <= 300; ++trial) {
+    const i64 n = trial <= 200 ? trial : random.pick<i64>({32000, 50257, 49152});
+    Floats x(n, Role::input, random.in(0, 3));
+    const float scale = random.pick({1.f, 0.5f, 4.f, 100.f}), spread = random.pick({0.f, 1.f, 30.f});
+    float shift = -INFINITY;
+    for (i64 i = 0; i < n; ++i) {
+      x[i] = 3 + random.uniform(spread);
+      if (i && random.in(0, 9) == 0) x[i] = -INFINITY;  // a token that is not allowed
+      shift = std::max(shift, x[i]);
+    }
+    double want = 0, error = 0;
+    for (i64 i = 0; i < n; ++i) {
+      const double power = double{scale} * (double{x[i]} - double{shift}), term = std::exp(power);
+      want += term;
+      if (term > 0) error += term * (16 + 3 * std::fabs(power)) * kUnit;
+    }
+    // Terms known to a few roundings, summed in f32 within chunks. What underflows counts for nothing; ones are exact.
+    const double tolerance = spread == 0 ? 0 : error + double(std::min<i64>(n, 4096)) * kUnit * want + double(n) * 1e-37;
+    report.near(kernels.sum_exp(x.data(), n, shift, scale), want, tolerance, say("n %lld scale %g spread %g", (long long)n, double{scale}, double{spread}));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- environment
+
+void test_environment(const Kernels& kernels, Report& report) {
+  volatile float small = 1e-38f;
+  const auto flushes = [&] { return small * 0.125f == 0; };
+  FloatEnvironment outer;  // main() has one as well: they nest
+  report.expect(flushes(), "a denormal is not flushed");
+  volatile float denormal = twin::float_of_bits(1);
+  report.expect(denormal * 0x1p100f == 0, "a denormal operand is not taken for zero");
+  volatile float one = 1, less_than_half_a_step = 0x1p-30f;
+  std::fesetround(FE_UPWARD);
+  {
+    FloatEnvironment inner;
+    report.expect(one + less_than_half_a_step == 1, "does not round to nearest");
+  }
+  report.expect(one + less_than_half_a_step > 1, "does not restore the rounding");
+  std::fesetround(FE_TONEAREST);
+  report.expect(kernels_named(kernels.isa) == &kernels, "not found by its name");
+  report.expect(kernels_named("pentium") == nullptr, "an unknown name is taken");
+}
+
+struct Test {
+  const char* name;
+  void (*run)(const Kernels&, Report&);
+};
+
+const Test kTests[] = {
+    {"environment", test_environment},
+    {"linear_f32", test_linear<Format::f32>},
+    {"linear_f16", test_linear<Format::f16>},
+    {"linear_bf16", test_linear<Format::bf16>},
+    {"linear_int8", test_linear<Format::int8>},
+    {"linear_int4", test_linear<Format::int4>},
+    {"quantize_rows", test_quantize_rows},
+    {"round_rows", test_round_rows},
+    {"embed", test_embed},
+    {"layer_norm", test_layer_norm},
+    {"rms_norm", test_rms_norm},
+    {"gate_and_add", test_gate_and_add},
+    {"rotate", test_rotate},
+    {"store_kv", test_store_kv},
+    {"attend", test_attend},
+    {"arg_max", test_arg_max},
+    {"sum_exp", test_sum_exp},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::string> wanted;
+  std::string isa;
+  const Kernels* const* tables = available_kernels();
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--list") {
+      for (auto table = tables; *table; ++table)
+        for (const Test& test : kTests) std::printf("%s %s\n", (*table)->isa, test.name);
+      return 0;
+    }
+    if (argument == "--isa" && i + 1 < argc) {
+      isa = argv[++i];
+    } else {
+      wanted.push_back(argument);
+    }
+  }
+  int failures = 0, ran = 0;
+  long checks = 0;
+  FloatEnvironment environment;
+  for (auto table = tables; *table; ++table)
+    for (const Test& test : kTests) {
+      const Kernels& kernels = **table;
+      if (!isa.empty() && isa != kernels.isa) continue;
+      if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), test.name) == wanted.end()) continue;
+      Report report(test.name, kernels.isa);
+      test.run(kernels, report);
+      if (report.failures()) std::printf("FAILED %s on %s: %d of %ld checks\n", test.name, kernels.isa, report.failures(), report.checks());
+      failures += report.failures() > 0;
+      checks += report.checks();
+      ++ran;
+    }
+  std::printf("native tests: %d run, %d failed (%ld checks)\n", ran, failures, checks);
+  return failures || !ran;
+}
