@@ -4,8 +4,7 @@
 // values are the same to the last bit.
 #include "gguf.h"
 
-#include <bit>
-#include <cstring>
+#include "half.h"
 
 namespace pronghorn {
 namespace {
@@ -15,16 +14,7 @@ using u32 = std::uint32_t;
 
 u32 load_u32(const u8* p) { return p[0] | p[1] << 8 | p[2] << 16 | u32{p[3]} << 24; }
 
-// The f16 at p, widened; exact for subnormal, infinite and NaN values too.
-float load_f16(const u8* p) {
-  const u32 h = p[0] | p[1] << 8, sign = (h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
-  if (exponent == 0) {
-    const float value = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign ? -value : value;
-  }
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000 | mantissa << 13);
-  return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
-}
+float load_f16(const u8* p) { return f16_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)); }
 
 // 32 values: the low nibbles of 16 bytes, then the high ones. f16 scale (and minimum) before them.
 void q4_0(const u8* src, i64 n_blocks, float* dst) {

@@ -246,25 +246,30 @@ void Program::logits(View x, int matrix, int bias) {
 }
 
 void Program::finish() {
-  // First fit: a buffer takes the lowest place that is free as long as it lives.
+  // First fit: a buffer takes the lowest place that is free as long as it lives. That is counted in phases, from barrier
+  // to barrier: within one, threads may be at different instructions.
   require(!finished_ && !instructions_.empty() && instructions_.back().to_logits, "a program ends with its logits");
   struct Place {
     i64 begin, end, first, last;
   };
+  std::vector<i64> phase(instructions_.size());
+  for (size_t i = 1; i < instructions_.size(); i++)
+    phase[i] = phase[i - 1] + (by_rows(instructions_[i - 1]) && by_rows(instructions_[i]) ? 0 : 1);
   std::vector<Place> places;
   std::vector<i64> offsets(buffers_.size());
   i64 total = 0;
   for (size_t i = 0; i < buffers_.size(); i++) {
     const Buffer& b = buffers_[i];
     const i64 size = round_up(b.row_bytes * round_up(max_tokens_, 16), 64);
+    const i64 first = phase[static_cast<size_t>(b.first)], last = phase[static_cast<size_t>(b.last)];
     i64 at = 0;
     for (bool moved = true; moved;) {
       moved = false;
       for (const Place& p : places)
-        if (p.last >= b.first && p.first <= b.last && at < p.end && p.begin < at + size) at = p.end, moved = true;
+        if (p.last >= first && p.first <= last && at < p.end && p.begin < at + size) at = p.end, moved = true;
     }
     offsets[i] = at;
-    places.push_back({at, at + size, b.first, b.last});
+    places.push_back({at, at + size, first, last});
     total = std::max(total, at + size);
   }
   arena_ = Memory(total);
@@ -316,7 +321,7 @@ const float* Program::run(const Batch& batch, const KvCache& cache, Pool& pool) 
   pool.run([&](int thread) {
     const Instruction* before = nullptr;
     for (const Instruction& in : instructions_) {
-      if (before && !(by_rows(*before) && by_rows(in))) pool.barrier();
+      if (before && !(by_rows(*before) && by_rows(in))) pool.barrier();  // phases of finish()
       execute(in, batch, cache, thread, pool.size(), pool.scratch(thread));
       before = &in;
     }

@@ -84,11 +84,15 @@ struct Race {
     std::uint32_t words[4][Noise::kBlocks];
     for (i64 begin = 0; begin < n; begin += kTokens) {
       const i64 end = std::min(begin + kTokens, n);
-      const float top = *std::max_element(logits + begin, logits + end);
-      if (top < least || top * scale + Noise::kLargest < best) continue;
+      // Below this, with a margin for its rounding, not even the largest noise would do.
+      const double hopeless = (best - Noise::kLargest) / scale;
+      const float bar = std::max(least, static_cast<float>(hopeless - std::abs(hopeless) * 1e-6));
+      int any = 0;
+      for (i64 id = begin; id < end; ++id) any |= logits[id] >= bar;
+      if (!any) continue;
       noise.words(begin / 4, words);
       for (i64 id = begin; id < end; ++id)
-        if (logits[id] >= least) enter(id, logits[id] * scale, words[id % 4][(id - begin) / 4]);
+        if (logits[id] >= bar) enter(id, logits[id] * scale, words[id % 4][(id - begin) / 4]);
     }
   }
 };

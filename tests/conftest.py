@@ -15,15 +15,11 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A private cache folder; only the models that the user has fetched are linked into it."""
-    try:
-        from pronghorn.weights.hub import cache_folder
+    from pronghorn.weights.hub import cache_folder
 
-        real = cache_folder()
-    except ImportError:
-        real = Path.home() / ".cache" / "pronghorn"
     private = tmp_path_factory.mktemp("cache")
     (private / "models").mkdir()
-    for path in sorted((real / "models").glob("*")):
+    for path in sorted((cache_folder() / "models").glob("*")):
         (private / "models" / path.name).symlink_to(path.resolve())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRONGHORN_CACHE", str(private))
@@ -45,11 +41,8 @@ def test_data() -> Path:
 @pytest.fixture(scope="session")
 def default_model(cache: Path) -> Path:
     """The default model's GGUF file; `make test` fetches it once, into the user's own cache."""
-    try:
-        from pronghorn.weights.hub import default_model
-    except ImportError:
-        return cache / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    from pronghorn.weights.hub import DEFAULT_MODEL, default_model
 
-    if not any((cache / "models").glob("*")) and not os.environ.get("PRONGHORN_TEST_NETWORK"):
+    if not any((cache / "models").glob(f"{DEFAULT_MODEL}*")) and not os.environ.get("PRONGHORN_TEST_NETWORK"):
         pytest.skip("the default model is not in the cache (`make model` fetches it)")
     return default_model(progress=False)

@@ -1,4 +1,4 @@
-"""The three houses of operations under one roof: what tests need to run a model, or one operation, in each."""
+"""The three houses of operations under one roof: how tests run a model, or one operation, in each."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def weights_of(model: Model, tensors: dict[str, Tensor]) -> Module:
     )
 
 
-def batch_of(
-    *sequences: tuple[Sequence[int], int, Sequence[int]], rows: Sequence[int] | None = None
-) -> Batch:
+def batch_of(*sequences: tuple[Sequence[int], int, Sequence[int]], rows: Sequence[int] | None = None) -> Batch:
     """Sequences of (token ids, position of the first, pages); `rows`: whose logits are wanted (None: all)."""
     width = max(len(pages) for _, _, pages in sequences)
     batch = Batch(table_width=width)
@@ -95,23 +93,8 @@ class Tiny(Model):
         self.function = forward
         self.named = {**weights, "head.weight": dense(np.eye(size, width))}
         self.weights = Module.of(self.named)
-        super().__init__(
-            Config(
-                "tiny",
-                1,
-                spec.n_heads,
-                spec.n_kv_heads,
-                spec.head_dim,
-                width,
-                size,
-                128,
-                width,
-                "relu",
-                1.0,
-                False,
-                (spec,),
-            )  # fmt: skip
-        )
+        heads = (spec.n_heads, spec.n_kv_heads, spec.head_dim)
+        super().__init__(Config("tiny", 1, *heads, width, size, 128, width, "relu", 1.0, False, (spec,)))
 
     def parameters(self) -> dict[str, Parameter]:
         """Shapes and kinds, read off the weights."""

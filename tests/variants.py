@@ -32,7 +32,7 @@ QWEN = LLAMA | {"num_key_value_heads": 2, "num_hidden_layers": 3, "tie_word_embe
 
 def rope(rope_type: str, **values: Any) -> dict[str, Any]:
     """A config's rope_parameters."""
-    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0} | values}
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 20000.0} | values}
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -117,12 +117,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tinyllama": ("Llama", LLAMA | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}),
 }
 
+LARGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2-124m": ("GPT2", {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}),
+}
+
 
 def save(name: str, folder: Path, dtype: str = "float32") -> Path:
     """Writes the variant's checkpoint into `folder/name`, the same bytes each time."""
     import torch
 
-    architecture, values = VARIANTS[name]
+    architecture, values = (VARIANTS | LARGE)[name]
     with quiet() as transformers:
         config = getattr(transformers, f"{architecture}Config")(**values)
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -163,7 +167,7 @@ def logits(folder: Path, token_ids: Sequence[int], dtype: str = "float32", exact
 
 def prompt(name: str, length: int = 75) -> list[int]:
     """Token ids, all different from run to run of a variant's name only; cut to its context."""
-    values = VARIANTS[name][1]
+    values = (VARIANTS | LARGE)[name][1]
     length = min(length, values.get("n_positions") or values["max_position_embeddings"])
     state, ids = zlib.crc32(name.encode()), []
     for _ in range(length):

@@ -148,14 +148,12 @@ def sampling_options(add: argparse.ArgumentParser, max_tokens: int | None) -> No
 
 def params_of(args: argparse.Namespace) -> SamplingParams:
     """The sampling parameters that were given."""
-    from pronghorn.engine.sampling import SamplingParams
+    from pronghorn.engine.sampling import NAMES, SamplingParams
 
     given = vars(args)
-    names = SamplingParams.__init__.__kwdefaults__.keys() & given.keys() - {"logit_bias"}
-    bias = dict(biased(text) for text in args.logit_bias)
-    return SamplingParams(
-        **{name: given[name] for name in names}, logit_bias=bias, stop_token_ids=args.stop_token_id
-    )
+    values = {name: given[name] for name in NAMES if name in given}
+    values["logit_bias"] = dict(biased(text) for text in args.logit_bias)
+    return SamplingParams(**values, stop_token_ids=args.stop_token_id)
 
 
 def biased(text: str) -> tuple[int, float]:
@@ -213,7 +211,7 @@ def generate(args: argparse.Namespace) -> None:
         prompt = llm.chat_prompt(messages_of(args.system, text)) if args.chat else text
         if args.json:
             out = llm.generate(prompt, params)
-            logprobs = out.logprobs and [entry._asdict() for entry in out.logprobs]
+            logprobs = None if out.logprobs is None else [entry._asdict() for entry in out.logprobs]
             print_json({**out._asdict(), "logprobs": logprobs, "timings": out.timings._asdict()})
             return
         stream = llm.stream(prompt, params)

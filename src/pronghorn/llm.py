@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast, overload
 
 from pronghorn.engine.engine import Engine
 from pronghorn.engine.sampling import SamplingParams
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pronghorn.text import Tokenizer
+    from pronghorn.text.tokenizer import StreamDecoder, Tokenizer
 
 DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")
 KV_SIZES = {"f32": 4, "bf16": 2}
@@ -151,7 +151,9 @@ class LLM:
         return self._tokenizer.get()
 
     @overload
-    def generate(self, prompts: Prompt, params: SamplingParams | None = None) -> Output: ...
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, params: SamplingParams | None = None
+    ) -> Output: ...
     @overload
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -166,13 +168,13 @@ class LLM:
         An empty text goes on from the beginning-of-sequence token alone. Raises PromptError for a prompt that cannot
         be run, before anything runs.
         """
-        if is_prompt(prompts):
-            return self.generate([prompts], params)[0]
-        many = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        if len(many) != len(prompts):
-            raise ParameterError(f"there are {len(prompts)} prompts, but {len(many)} params")
+        one = is_prompt(prompts)
+        listed = cast("Sequence[Prompt]", [prompts] if one else prompts)
+        many = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(listed)
+        if len(many) != len(listed):
+            raise ParameterError(f"there are {len(listed)} prompts, but {len(many)} params")
         engine = self._ready()
-        generations = [self._generation(prompt, p) for prompt, p in zip(prompts, many, strict=True)]
+        generations = [self._generation(prompt, p) for prompt, p in zip(listed, many, strict=True)]
         try:
             with self._lock:
                 for generation in generations:
@@ -185,7 +187,8 @@ class LLM:
                 pending = [generation for generation in pending if not generation.finish_reason]
         finally:
             self._cancel(generations)
-        return [generation.output() for generation in generations]
+        outputs = [generation.output() for generation in generations]
+        return outputs[0] if one else outputs
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """The same as `generate`, in chunks as they come: their texts and ids joined are its text and ids.
@@ -227,18 +230,9 @@ class LLM:
 
         They end where the assistant's turn begins, ready to be generated. The template writes BOS and the like.
         """
-        from pronghorn.text.chat import render
+        from pronghorn.text.chat import encode_chat
 
-        tokenizer = self.tokenizer
-        if tokenizer.chat_template is None:
-            raise CheckpointError(f"{self.path}: the model has no chat template")
-        text = render(
-            tokenizer.chat_template,
-            messages,
-            add_generation_prompt=True,
-            special_tokens=tokenizer.special_tokens,
-        )
-        return tokenizer.encode(text, add_special=False)
+        return encode_chat(self.tokenizer, messages)
 
     def info(self) -> dict[str, Any]:
         """What the model is and the memory that it needs: see `describe`."""
@@ -280,10 +274,7 @@ class LLM:
     def _generation(self, prompt: Prompt, params: SamplingParams) -> Generation:
         """A prompt on its way, checked."""
         started = time.perf_counter()
-        if isinstance(prompt, str):
-            token_ids = self.tokenizer.encode(prompt)
-        else:
-            token_ids = list(prompt)
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not token_ids:
             token_ids = [self._bos_id()]
         engine = self._ready()
@@ -327,12 +318,12 @@ class Generation:
         self.finish_reason: str | None = None
         self.n_read = request.n_prompt  # tokens whose text has been taken
         self.text = ""
+        self.text_stream: TextStream | None = None
         try:
             self.text_stream = TextStream(llm.tokenizer.stream(), request.params.stop)
         except CheckpointError:
             if request.params.stop:  # ids in, ids out does without text; stop strings do not
                 raise
-            self.text_stream = None
         self.started, self.first, self.last = started, 0.0, 0.0
 
     def advance(self) -> Chunk | None:
@@ -421,7 +412,7 @@ class TextStream:
     held back only while it may be the beginning of one.
     """
 
-    def __init__(self, decoder: Any, stop: Sequence[str]) -> None:
+    def __init__(self, decoder: StreamDecoder, stop: Sequence[str]) -> None:
         self.decoder = decoder
         self.stop = stop
         self.held = ""
@@ -522,16 +513,12 @@ def load_tokenizer(source: Any) -> Tokenizer:
     return open_tokenizer(source)
 
 
-def runner_for(
-    model: Model, weights: Module, device: str, threads: int | None, n_pages: int, kv_dtype: str
-) -> Runner:
+def runner_for(model: Model, weights: Module, device: str, threads: int | None, n_pages: int, kv_dtype: str) -> Runner:
     """The model made ready on a device."""
     if device == "cpu":
         from pronghorn.ops.cpu import CpuRunner
 
-        return CpuRunner(
-            model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS, threads=threads
-        )
+        return CpuRunner(model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS, threads=threads)
     if device == "reference":
         from pronghorn.ops.reference import ReferenceRunner
 
@@ -580,7 +567,7 @@ def free_memory() -> int:
 def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
     """Bytes of weights that decoding a token reads."""
     kinds = {name: parameter.kind for name, parameter in model.parameters().items()}
-    looked_up = set() if model.tied else {model.EMBEDDING}
+    looked_up = set() if model.config.tied else {model.EMBEDDING}
     return sum(
         weight.data.nbytes for name, weight in weights.items() if kinds[name] != "table" and name not in looked_up
     )
@@ -616,7 +603,5 @@ def describe(checkpoint: Checkpoint, model: Model) -> dict[str, Any]:
         "parameters": n_parameters,
         "bytes": sum(tensor.data.nbytes for tensor in tensors.values()),
         "by_dtype": by_dtype,
-        "kv_bytes": {
-            dtype: {str(n): n * token_bytes * size for n in lengths} for dtype, size in KV_SIZES.items()
-        },
+        "kv_bytes": {dtype: {str(n): n * token_bytes * size for n in lengths} for dtype, size in KV_SIZES.items()},
     }

@@ -11,13 +11,22 @@
 //
 // usage: native_tests [--isa NAME] [--list] [TEST...]
 
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
 #include <cfenv>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <thread>
 
+#include "gguf.h"
+#include "pack.h"
+#include "threads.h"
 #include "twin.h"
 
 #ifdef __SANITIZE_ADDRESS__
@@ -216,8 +225,8 @@ class Problem {
         y_stride_(n_out + random_.in(0, 5)),
         stride_(round_up(n_in, packed_ ? 64 : 32)),
         x_(n_rows * x_stride_, Role::input, random_.in(0, 3)),
-        halves_(n_rows * stride_),
-        bytes_(n_rows * stride_),
+        halves_((round_up(n_rows, 16) + 16) * stride_),  // `values` is readable for a multiple of 16 rows
+        bytes_((round_up(n_rows, 16) + 16) * stride_),
         bias_(n_out, Role::input, random_.in(0, 3)),
         residual_(n_rows * y_stride_, Role::input, random_.in(0, 3)) {
     has_bias_ = random_.in(0, 1) == 1;
@@ -1038,6 +1047,154 @@ void test_sum_exp(const Kernels& kernels, Report& report) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------- packing
+
+void test_pack(Report& report) {
+  Random random(51);
+  Pool pool(2);
+  for (int trial = 0; trial < 400; ++trial) {
+    const Shape shape = shapes()[static_cast<std::size_t>(6 + trial % 10)];
+    const i64 n_in = trial < 140 ? trial / 2 + 1 : random.pick<i64>({768, 1027, random.in(1, 600)}), n_out = random.in(1, 50);
+    const bool transposed = random.in(0, 1) == 1;
+    const std::string what = say("%s group %lld%s, n_in %lld n_out %lld%s", kFormatNames[int(shape.format)], (long long)shape.group,
+                                 shape.symmetric ? " symmetric" : "", (long long)n_in, (long long)n_out, transposed ? " transposed" : "");
+    Floats w(n_in * n_out, Role::input, random.in(0, 3));
+    const float offset = random.pick({0.f, 0.f, 3.f, -3.f});
+    for (i64 i = 0; i < w.size(); ++i) w[i] = random.in(0, 20) ? offset + random.uniform() : 0;
+    Matrix matrix{nullptr, shape.format, Order::packed, n_out, n_in, shape.group, shape.symmetric};
+    const i64 size = packed_size(shape.format, n_out, n_in, shape.group, shape.symmetric);
+    Guarded<std::uint8_t> packed(size, Role::output);
+    pack({reinterpret_cast<const std::uint8_t*>(w.data()), "f32", n_out, n_in, transposed}, matrix, packed.data(), pool);
+    packed.check_zones(report, what);
+    const Quantized q = Quantized::unpacked(packed.data(), shape.format, n_out, n_in, shape.group, shape.symmetric);
+    report.expect(static_cast<i64>(q.packed().size()) == size - kSlack, what + ": another size than the layout's");
+    for (i64 o = 0; o < n_out; ++o)
+      for (i64 g = 0; g < q.n_groups(); ++g) {
+        double low = 0, high = 0;  // zero is always within the range
+        const auto at = [&](i64 i) { return double{w[transposed ? i * n_out + o : o * n_in + i]}; };
+        for (i64 i = q.begin_of(g); i < q.begin_of(g + 1); ++i) low = std::min(low, at(i)), high = std::max(high, at(i));
+        const double furthest = std::max(-low, high), steps = shape.format == Format::int8 ? 127 : 15;
+        const double want = shape.format == Format::int8 ? furthest / 127 : shape.symmetric ? furthest / 8 : (high - low) / 15;
+        const double half_error = shape.group ? 0x1p-11 : 3 * kUnit;  // rounding a scale or a minimum for storage
+        report.near(std::fabs(q.scale(o, g)), want, half_error * want + 0x1p-25, what + ", scale");
+        // A weight is within half a step of its code, but for what rounding the scale and the minimum cost; in a
+        // symmetric group +8 is not a code, so that the largest of the other sign may be a whole step away.
+        const double step = std::fabs(q.scale(o, g)) * (shape.symmetric ? 1 : 0.5) + (steps * want + furthest) * half_error + 1e-6;
+        for (i64 i = q.begin_of(g); i < q.begin_of(g + 1); ++i) {
+          const double got = q.scale(o, g) * q.at(o, i) + q.minimum(o, g);
+          if (!report.near(got, at(i), step, say("%s, output %lld input %lld", what.c_str(), (long long)o, (long long)i))) break;
+        }
+      }
+  }
+  // Q8_0, Q4_0 and Q4_1 are taken over as they are: what comes out is what the file's own reading gives.
+  for (const auto& [name, shape] : {std::pair{"q8_0", Shape{Format::int8, Order::packed, 32, false}},
+                                    {"q4_0", Shape{Format::int4, Order::packed, 32, true}},
+                                    {"q4_1", Shape{Format::int4, Order::packed, 32, false}}}) {
+    const BlockType* type = block_type(name);
+    const i64 n_out = 37, n_in = 32 * 7, blocks = n_out * n_in / 32;
+    Guarded<std::uint8_t> file(blocks * type->bytes, Role::input, 1);
+    for (i64 i = 0; i < file.size(); ++i) file[i] = static_cast<std::uint8_t>(random.bits());
+    for (i64 b = 0; b < blocks; ++b)  // scales and minima that are finite
+      for (i64 at : {1, 3})
+        if (at == 1 || shape.format == Format::int4) file[b * type->bytes + at] &= 0xBB;
+    Floats floats(n_out * n_in, Role::output);
+    type->dequantize(file.data(), blocks, floats.data());
+    Matrix matrix{nullptr, shape.format, Order::packed, n_out, n_in, shape.group, shape.symmetric};
+    Guarded<std::uint8_t> packed(packed_size(shape.format, n_out, n_in, 32, shape.symmetric), Role::output);
+    const Source source{file.data(), name, n_out, n_in, false};
+    report.expect(packs_exactly(source, shape.format, 32, shape.symmetric), say("%s is not taken over", name));
+    pack(source, matrix, packed.data(), pool);
+    const Quantized q = Quantized::unpacked(packed.data(), shape.format, n_out, n_in, 32, shape.symmetric);
+    for (i64 o = 0; o < n_out; ++o)
+      for (i64 i = 0; i < n_in; ++i) {
+        const double a = q.scale(o, i / 32) * q.at(o, i), b = q.minimum(o, i / 32);
+        report.near(double{floats[o * n_in + i]}, a + b, 2 * kUnit * (std::fabs(a) + std::fabs(b)), name);
+      }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- threads
+
+// Small enough for the thread sanitizer, which this is for. 1 thread = all.
+void test_pool(Report& report) {
+  for (int n : {1, 2, 3, 7}) {
+    Pool pool(n);
+    report.expect(pool.size() == n, "size");
+    std::vector<int> calls(static_cast<std::size_t>(n));
+    std::vector<i64> written(static_cast<std::size_t>(n));
+    constexpr int kJobs = 300, kSteps = 5;
+    for (int job = 0; job < kJobs; ++job) {
+      std::atomic<int> wrong{0};
+      // Each thread writes, all meet, each reads what its neighbour wrote: plain memory, ordered by the barrier alone.
+      pool.run([&](int thread) {
+        const auto self = static_cast<std::size_t>(thread), next = static_cast<std::size_t>((thread + 1) % n);
+        volatile float tiny = 1e-38f;
+        if (tiny * 0.125f != 0) ++wrong;  // the environment is set in every thread
+        std::memset(pool.scratch(thread), thread, 64);
+        ++calls[self];
+        for (int step = 0; step < kSteps; ++step) {
+          written[self] = job * kSteps + step;
+          pool.barrier();
+          if (written[next] != job * kSteps + step) ++wrong;
+          pool.barrier();
+        }
+      });
+      report.expect(wrong == 0, say("%d threads, job %d: %d wrong reads", n, job, wrong.load()));
+    }
+    for (int c : calls) report.expect(c == kJobs, say("%d threads: a thread ran %d of %d jobs", n, c, kJobs));
+    for (i64 items : {0, 1, 15, 16, 17, 1000})
+      for (i64 unit : {1, 16}) {
+        i64 end = 0;
+        for (int thread = 0; thread < n; ++thread) {
+          const Share share(items, unit, thread, n);
+          report.expect(share.begin == end && (share.begin % unit == 0 || share.begin == share.end), "shares overlap or leave a gap");
+          end = share.end;
+        }
+        report.expect(end == items, "shares leave items");
+      }
+  }
+  Pool shared(3);  // callers take turns
+  std::atomic<int> inside{0}, overlaps{0};
+  std::vector<std::thread> callers;
+  for (int c = 0; c < 3; ++c)
+    callers.emplace_back([&] {
+      for (int i = 0; i < 50; ++i)
+        shared.run([&](int thread) {
+          if (thread == 0 && inside++ != 0) ++overlaps;
+          shared.barrier();
+          if (thread == 0) --inside;
+        });
+    });
+  for (std::thread& caller : callers) caller.join();
+  report.expect(overlaps == 0, "two jobs ran at once");
+}
+
+// A forked child has none of the pool's threads: it is told so, and does not hang.
+void test_fork(Report& report) {
+#ifndef __SANITIZE_THREAD__
+  auto pool = std::make_unique<Pool>(2);
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    try {
+      pool->run([](int) {});
+    } catch (const std::runtime_error&) {
+      pool.reset();  // nor does the end of the pool hang
+      _exit(7);
+    }
+    _exit(1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  report.expect(WIFEXITED(status) && WEXITSTATUS(status) == 7, "a forked child is not told that its threads are missing");
+  std::atomic<int> calls{0};
+  pool->run([&](int) { ++calls; });
+  report.expect(calls == 2, "the parent's pool is broken by a fork");
+#else
+  report.expect(true, "");
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------- environment
 
 void test_environment(const Kernels& kernels, Report& report) {
@@ -1084,20 +1241,24 @@ const Test kTests[] = {
     {"sum_exp", test_sum_exp},
 };
 
+struct PlainTest {
+  const char* name;
+  void (*run)(Report&);
+};
+
+const PlainTest kPlainTests[] = {{"pack", test_pack}, {"pool", test_pool}, {"fork", test_fork}};
+
 }  // namespace
 
 int main(int argc, char** argv) {
   std::vector<std::string> wanted;
   std::string isa;
-  const Kernels* const* tables = available_kernels();
+  bool list = false;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
     if (argument == "--list") {
-      for (auto table = tables; *table; ++table)
-        for (const Test& test : kTests) std::printf("%s %s\n", (*table)->isa, test.name);
-      return 0;
-    }
-    if (argument == "--isa" && i + 1 < argc) {
+      list = true;
+    } else if (argument == "--isa" && i + 1 < argc) {
       isa = argv[++i];
     } else {
       wanted.push_back(argument);
@@ -1105,19 +1266,25 @@ int main(int argc, char** argv) {
   }
   int failures = 0, ran = 0;
   long checks = 0;
-  FloatEnvironment environment;
-  for (auto table = tables; *table; ++table)
-    for (const Test& test : kTests) {
-      const Kernels& kernels = **table;
-      if (!isa.empty() && isa != kernels.isa) continue;
-      if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), test.name) == wanted.end()) continue;
-      Report report(test.name, kernels.isa);
-      test.run(kernels, report);
-      if (report.failures()) std::printf("FAILED %s on %s: %d of %ld checks\n", test.name, kernels.isa, report.failures(), report.checks());
-      failures += report.failures() > 0;
-      checks += report.checks();
-      ++ran;
+  const FloatEnvironment environment;
+  const auto run = [&](const char* name, const char* on, auto test) {
+    if (!isa.empty() && isa != on) return;
+    if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), name) == wanted.end()) return;
+    ++ran;
+    if (list) {
+      std::printf("%s %s\n", on, name);
+      return;
     }
+    Report report(name, on);
+    test(report);
+    if (report.failures()) std::printf("FAILED %s on %s: %d of %ld checks\n", name, on, report.failures(), report.checks());
+    failures += report.failures() > 0;
+    checks += report.checks();
+  };
+  for (const PlainTest& test : kPlainTests) run(test.name, "any", test.run);
+  for (auto table = available_kernels(); *table; ++table)
+    for (const Test& test : kTests) run(test.name, (*table)->isa, [&](Report& report) { test.run(**table, report); });
+  if (list) return 0;
   std::printf("native tests: %d run, %d failed (%ld checks)\n", ran, failures, checks);
   return failures || !ran;
 }

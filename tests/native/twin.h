@@ -181,6 +181,44 @@ struct Quantized {
     }
     return bytes;
   }
+
+  // The same layout, read instead of written.
+  static Quantized unpacked(const std::uint8_t* bytes, Format format, i64 n_out, i64 n_in, i64 group, bool symmetric) {
+    Quantized m{format, n_out, n_in, group, symmetric, {}, {}, {}, {}};
+    const i64 n_groups = m.n_groups(), table = (n_groups * 32 + 63) / 64 * 64;
+    i64 units = (n_in + 3) / 4;  // of 64 bytes: 4 inputs in 8 bits, or 8 in 4 bits
+    if (format == Format::int4) {
+      units = 0;
+      for (i64 g = 0; g < n_groups; ++g) units += (m.begin_of(g + 1) - m.begin_of(g) + 7) / 8;
+    }
+    const i64 values = (group ? table : 64) + (format == Format::int4 && !symmetric ? table : 0);
+    for (i64 o = 0; o < n_out; ++o) {
+      const std::uint8_t* panel = bytes + o / 16 * (values + units * 64);
+      const i64 lane = o % 16;
+      const auto half_at = [&](i64 at) {
+        std::uint16_t h;
+        std::memcpy(&h, panel + at, 2);
+        return h;
+      };
+      float scale = 0;
+      if (!group) std::memcpy(&scale, panel + lane * 4, 4);
+      m.row_scales.push_back(scale);
+      for (i64 g = 0; g < n_groups && group; ++g) {
+        m.scales.push_back(half_at((g * 16 + lane) * 2));
+        m.minima.push_back(format == Format::int4 && !symmetric ? half_at(table + (g * 16 + lane) * 2) : std::uint16_t{0});
+      }
+      for (i64 i = 0; i < n_in; ++i) {
+        if (format == Format::int8) {
+          m.q.push_back(panel[values + i / 4 * 64 + lane * 4 + i % 4] - 128);
+        } else {
+          const i64 within = i % group;
+          const int both = panel[values + (i / group * (group / 8) + within / 8) * 64 + lane * 4 + within % 4];
+          m.q.push_back(within % 8 < 4 ? both & 15 : both >> 4);
+        }
+      }
+    }
+    return m;
+  }
 };
 
 }  // namespace twin

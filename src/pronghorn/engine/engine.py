@@ -61,7 +61,7 @@ class Engine:
                     )
 
     def add(self, request: Request) -> None:
-        """Queues a request, once checked; `step` brings it forward, and `request.finish_reason` says when it is done."""
+        """Queues a request, once checked; `step` brings it forward, until `request.finish_reason` says why it ended."""
         self.check(request)
         params = request.params
         request.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
@@ -74,9 +74,11 @@ class Engine:
         """Schedules, runs, samples, commits -> the requests that have one more token (or failed)."""
         work = self.scheduler.schedule()
         if not work:
+            if self.scheduler.waiting:
+                raise PronghornError("the KV cache's pages are all held by others: nothing can run")
             return []
         logits = self.runner.run(self._batch(work))
-        advanced = []
+        advanced: list[Request] = []
         for request, n_tokens in work:
             self._commit(request, n_tokens)
             if request.n_computed == len(request.token_ids):

@@ -118,7 +118,7 @@ class SamplingParams:
 
     def as_dict(self) -> dict[str, Any]:
         """The parameters that differ from their defaults, by name."""
-        values = {name: getattr(self, name) for name in SamplingParams.__init__.__kwdefaults__}
+        values = {name: getattr(self, name) for name in NAMES}
         return {name: value for name, value in values.items() if value != getattr(DEFAULTS, name)}
 
     def replace(self, **changes: Any) -> SamplingParams:
@@ -133,9 +133,6 @@ class SamplingParams:
 
     def __repr__(self) -> str:
         return f"SamplingParams({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items())})"
-
-
-DEFAULTS = SamplingParams()
 
 
 def restore(values: dict[str, Any]) -> SamplingParams:
@@ -211,3 +208,7 @@ def biases(values: object) -> dict[int, float]:
         else number(f"logit_bias[{token_id}]", bias, -100, 100)
         for token_id, bias in values.items()
     }
+
+
+NAMES = tuple(SamplingParams.__init__.__kwdefaults__ or ())
+DEFAULTS = SamplingParams()

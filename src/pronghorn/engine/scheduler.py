@@ -59,6 +59,11 @@ class Request:
         self.n_chained = 0
 
     @property
+    def n_left(self) -> int:
+        """Tokens to compute before the next one can be chosen; 1 while decoding."""
+        return len(self.token_ids) - self.n_computed
+
+    @property
     def output(self) -> array[int]:
         """The generated token ids."""
         return self.token_ids[self.n_prompt :]
@@ -82,20 +87,22 @@ class Scheduler:
         """Who runs in this step, and how many of his tokens."""
         work: list[tuple[Request, int]] = []
         budget = self.max_tokens
-        for request in tuple(self.running):  # decoding
-            decodes = len(request.token_ids) - request.n_computed == 1
-            if budget and decodes and request.pages and self._make_room(request):
-                work.append((request, 1))
-                budget -= 1
-        for request in self.running:  # prompts, which have their pages
-            n_left = len(request.token_ids) - request.n_computed
-            if n_left > 1 and budget:
-                work.append((request, min(n_left, budget)))
+        n_ready = 0
+        while n_ready < len(self.running):
+            if self._has_pages(self.running[n_ready]):
+                n_ready += 1
+            else:  # the latest gives way, be it the one that asks
+                self._release(self.running[-1])
+                self.waiting.appendleft(self.running.pop())
+        # Tokens to decode first; the sort is stable.
+        for request in sorted(self.running, key=lambda request: request.n_left > 1):
+            if budget:
+                work.append((request, min(request.n_left, budget)))
                 budget -= work[-1][1]
         while self.waiting and budget and len(self.running) < self.max_sequences and self._admit(self.waiting[0]):
             request = self.waiting.popleft()
             self.running.append(request)
-            work.append((request, min(len(request.token_ids) - request.n_computed, budget)))
+            work.append((request, min(request.n_left, budget)))
             budget -= work[-1][1]
         return work
 
@@ -115,16 +122,6 @@ class Scheduler:
             if pages is None:
                 return False
             request.pages += pages
-        return True
-
-    def _make_room(self, request: Request) -> bool:
-        """Gives a running request the page it needs, at the cost of the latest ones; False if that is itself."""
-        while not self._has_pages(request):
-            latest = self.running.pop()
-            self._release(latest)
-            self.waiting.appendleft(latest)
-            if latest is request:
-                return False
         return True
 
     def _admit(self, request: Request) -> bool:

@@ -39,6 +39,7 @@ class CpuRunner:
             recorder.program.finish()
         except ValueError as error:  # a size that the kernels do not take
             raise ConfigError(f"this model does not run on the CPU: {error}") from None
+        self.model = model
         self.program = recorder.program
         self.pool = _native.Pool(threads or _native.usable_processors())
         self.cache = _native.KvCache(cfg.n_layers, n_pages, cfg.n_kv_heads, cfg.head_dim, kv_dtype)

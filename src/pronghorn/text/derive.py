@@ -6,7 +6,6 @@ source itself knows them. The result is cached by the caller, so clarity is wort
 
 from __future__ import annotations
 
-import json
 import struct
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +26,16 @@ class Derived(NamedTuple):
 
     spec: dict[str, Any]
     named: dict[str, str]
+
+    def json(self, path: object) -> bytes:
+        """The text of the tokenizer.json; `path` is for the message if it cannot be written."""
+        import json
+
+        rest = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
+        try:
+            return json.dumps({**rest, **self.spec}, ensure_ascii=False, separators=(",", ":")).encode()
+        except UnicodeEncodeError:
+            fail(path, "a token is not UTF-8")
 
 
 # --- byte-level BPE: GPT-2 and its heirs ---
@@ -160,7 +169,12 @@ def from_sentencepiece(path: Path, legacy: bool, add_prefix_space: bool | None) 
         charsmap=charsmap, prefix=bool(prefix), everywhere=legacy, squeeze=bool(normalizer.get(4, 1)),
     )  # fmt: skip
     named = {}
-    for name, field, default in (("unk_token", 40, 0), ("bos_token", 41, 1), ("eos_token", 42, 2), ("pad_token", 43, -1)):
+    for name, field, default in (
+        ("unk_token", 40, 0),
+        ("bos_token", 41, 1),
+        ("eos_token", 42, 2),
+        ("pad_token", 43, -1),
+    ):
         index = trainer.get(field, default)
         if 0 <= index < len(pieces):
             named[name] = pieces[index].text
@@ -290,20 +304,22 @@ def _pieces(
     if charsmap:
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": b64encode(charsmap).decode()})
     if squeeze:
-        normalizers.append(replace({"Regex": r"\A +|[ ▁]+\z"}, ""))
-        normalizers.append(replace({"Regex": " {2,}"}, " "))
-    pre_tokenizer = None
+        # A text's own leading spaces, squeezed to one, serve as its prefix: where they were dropped instead, "first"
+        # below would not add one, because what is left is not the first of the text.
+        around = r"[ ▁]+\z" if prefix and not everywhere else r"\A +|[ ▁]+\z"
+        normalizers += [replace({"Regex": around}, ""), replace({"Regex": " {2,}"}, " ")]
+    pre_tokenizer: dict[str, Any] | None = None
     if prefix and everywhere:
         normalizers.append({"type": "Prepend", "prepend": "▁"})
     elif prefix:
-        # "first" adds its sign only where none stands yet, so it adds another one, which then becomes the same.
-        pre_tokenizer = {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False},
-                {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False},
-            ],
-        }
+        # "first" adds its sign only where none stands yet, and sentencepiece in any case: so add another one.
+        first = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+        if squeeze:
+            normalizers.append(replace({"Regex": r"\A ?▁"}, "▁▁"))
+            pre_tokenizer = first
+        else:
+            steps = [{**first, "replacement": " "}, {**first, "prepend_scheme": "never"}]
+            pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
     normalizers.append(replace({"String": " "}, "▁"))
     decoders = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     if prefix:
@@ -402,9 +418,3 @@ def _list(metadata: Mapping[str, Any], name: str, kind: type, path: object, leng
     if length is not None and len(values) != length:
         fail(path, f"{key} has {len(values)} entries for {length} tokens")
     return values
-
-
-def dumps(spec: dict[str, Any]) -> str:
-    """The text of a tokenizer.json."""
-    rest = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
-    return json.dumps({**rest, **spec}, ensure_ascii=False, separators=(",", ":"))

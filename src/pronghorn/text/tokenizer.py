@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pronghorn.errors import CheckpointError, PromptError
+from pronghorn.errors import CheckpointError, PromptError, PronghornError
 from pronghorn.text.stream import StreamDecoder, plan
 from pronghorn.weights.files import fail, map_file, read_json, shown
 
@@ -97,21 +97,24 @@ class Tokenizer:
         The texts of special tokens within it become those tokens. A lone surrogate, which is no character, is a
         PromptError: UTF-8 cannot hold it, and replacing it would change the prompt in silence.
         """
-        try:
-            with _guard("the tokenizer"):
+        with _guard("the tokenizer"):
+            try:
                 ids = self._backend.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            raise PromptError(f"character {error.start} of the text is a lone surrogate (U+{code:04X})") from None
+            except TypeError:  # what the library says of a string that UTF-8 cannot hold
+                at = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+                if at is None:
+                    raise
+                code = f"U+{ord(text[at]):04X}"
+                raise PromptError(f"character {at} of the text is a lone surrogate ({code})") from None
         return [*self._before, *ids, *self._after] if add_special else ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of token ids. Bytes that are not UTF-8 become U+FFFD; ids beyond the vocabulary are nothing."""
-        try:
-            with _guard("the tokenizer"):
+        with _guard("the tokenizer"):
+            try:
                 return self._backend.decode(ids, skip_special_tokens=skip_special)
-        except OverflowError:
-            raise PromptError("a token id is negative or beyond 32 bits") from None
+            except OverflowError:
+                raise PromptError("a token id is negative or beyond 32 bits") from None
 
     def stream(self, *, skip_special: bool = True) -> StreamDecoder:
         """A decoder that takes ids one by one, and gives in all what `decode` gives."""
@@ -143,7 +146,7 @@ def _guard(what: object) -> Iterator[None]:
     """Turns what the library raises for a damaged file into CheckpointError, its Rust panics included."""
     try:
         yield
-    except (CheckpointError, UnicodeEncodeError, OverflowError, MemoryError):
+    except (PronghornError, MemoryError):
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
@@ -173,7 +176,7 @@ def _open_folder(folder: Path) -> Tokenizer:
     if (path := folder / "tokenizer.json").is_file():
         backend = _load(map_file(path), path)
     elif (path := folder / "tokenizer.model").is_file():
-        legacy = _flag(folder, config, "legacy") is not False
+        legacy = _flag(folder, config, "legacy") is True
         prefix = _flag(folder, config, "add_prefix_space")
 
         def derive() -> Derived:
@@ -223,7 +226,7 @@ def _open_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     path = metadata.path if isinstance(metadata, Metadata) else None
     if path is None:
         what: object = "GGUF"
-        backend = _load(_dumped(from_gguf(metadata, what)), what)
+        backend = _load(from_gguf(metadata, what).json(what), what)
     else:
         what = path
         backend, _ = _derived([path], ["gguf"], lambda: from_gguf(metadata, path))
@@ -318,28 +321,20 @@ def _derived(
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         pass
     derived = derive()
-    data = _dumped(derived)
+    data = derived.json(files[0])
     backend = _load(data, files[0])
     head = {"source": source, "crc32": zlib.crc32(data), "named": derived.named}
     temporary = cached.with_name(f"{cached.name}.{os.getpid()}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(os.fsencode(json.dumps(head)) + b"\n" + data)
+        temporary.write_bytes(json.dumps(head).encode() + b"\n" + data)
         temporary.replace(cached)
     except OSError:  # a full or read-only disk: the next start derives it again
         pass
     return backend, derived.named
 
 
-def _dumped(derived: Derived) -> bytes:
-    from pronghorn.text.derive import dumps
-
-    return dumps(derived.spec).encode()
-
-
-def _add_tokens(
-    backend: tokenizers.Tokenizer, folder: Path, config: dict[str, Any], named: dict[str, str]
-) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict[str, Any], named: dict[str, str]) -> None:
     """Adds what the configuration names beyond the vocabulary's own file, and marks named tokens as special.
 
     A named token that is in no vocabulary is left out: the model has no row for it.
@@ -358,7 +353,9 @@ def _add_tokens(
     tokens = []
     for text, (index, entry) in sorted(wanted.items(), key=lambda item: item[1][0]):
         if text and text not in known:
-            flags = {key: entry[key] is True for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
+            flags = {
+                key: entry[key] is True for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry
+            }
             is_special = text in special or entry.get("special") is True
             tokens.append((index, AddedToken(text, special=is_special, **{"normalized": not is_special, **flags})))
     for text in sorted(special - {""}):
@@ -378,7 +375,11 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         templates["default"] = value
     elif isinstance(value, list):
         for entry in value:
-            if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str):
+            if (
+                isinstance(entry, dict)
+                and isinstance(entry.get("name"), str)
+                and isinstance(entry.get("template"), str)
+            ):
                 templates[entry["name"]] = entry["template"]
     files = {"default": folder / "chat_template.jinja"}
     files.update((path.stem, path) for path in sorted(folder.glob("additional_chat_templates/*.jinja")))

@@ -1,4 +1,4 @@
-"""Files to named tensors: `open_checkpoint` maps a model's files, and checks their headers before trusting them."""
+"""Files to named tensors: `open_checkpoint` maps a model's files, and checks headers before trusting them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.0
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSource:
-    """Where a model's tokenizer is: in the files of a folder, or in a GGUF file's metadata (decoded when read)."""
+    """Where a model's tokenizer is: in a folder's files, or in a GGUF file's metadata (decoded when read)."""
 
     folder: Path | None = None
     gguf: Mapping[str, Any] | None = None
@@ -30,9 +30,9 @@ class TokenizerSource:
 class Checkpoint:
     """A model's files, mapped.
 
-    `config` is in the vocabulary of Hugging Face's config.json and `tensors` carry the names that transformers gives
-    them, for GGUF files too, with two keys of our own: `rope_interleaved` (true where rows of q and k are in Meta's
-    order: pairs side by side) and `conv1d_transposed` (false where GPT-2's matrices are [n_out, n_in]).
+    `config` is in the vocabulary of Hugging Face's config.json, and `tensors` have the names that transformers
+    gives them, for GGUF files too. These add two keys: `rope_interleaved` (true where rows of q and k are in
+    Meta's order, pairs side by side) and `conv1d_transposed` (false where GPT-2's matrices are [n_out, n_in]).
     """
 
     path: Path
@@ -44,13 +44,13 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Maps a folder in Hugging Face's layout, a `.safetensors` or `.gguf` file, or a model that `pull` fetched.
+    """Maps a folder in Hugging Face's layout, a `.safetensors` or `.gguf` file, or a model known by name.
 
-    What a file is follows from its contents, not from its name. CheckpointError, in one line, for what is missing,
-    damaged or of another kind.
+    What a file is follows from its contents, not from its name. CheckpointError, in one line, for what is
+    missing, damaged or of another kind.
     """
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):
         from pronghorn.weights import hub
 
@@ -66,7 +66,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _open_folder(folder: Path) -> Checkpoint:
     try:
-        names = sorted(os.listdir(folder))
+        names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         fail(folder, error.strerror or str(error))
     if "model.safetensors" in names:
@@ -84,7 +84,10 @@ def _open_folder(folder: Path) -> Checkpoint:
         fail(folder, f"holds {len(ggufs)} .gguf files: name one, such as {shown(ggufs[0])}")
     for name in names:
         if name in _PICKLES:
-            fail(folder, f"holds {name} but no model.safetensors: convert it (opening a pickle can run any code)")
+            fail(
+                folder,
+                f"holds {name} but no model.safetensors: convert it (opening a pickle can run any code)",
+            )
     fail(folder, f"holds no model: neither model.safetensors, nor {_INDEX}, nor a .gguf file")
 
 

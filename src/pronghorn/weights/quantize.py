@@ -55,7 +55,7 @@ BLOCKS = {
 EXACT = ("q4_0", "q4_1", "q8_0")
 """The block formats whose codes and scales are taken over bit for bit."""
 
-QUANTIZED = {"int8": Target("int8"), "int4": Target("int4", 32)}
+QUANTIZED = {"int8": Target("int8", 64), "int4": Target("int4", 32)}
 """What `--dtype int8` and `int4` make of other weights."""
 
 

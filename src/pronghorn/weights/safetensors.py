@@ -16,19 +16,23 @@ _DTYPES = {name.upper(): name for name in DTYPES}
 
 
 def read_safetensors(path: Path, view: memoryview) -> dict[str, Tensor]:
-    """The tensors of one mapped file, in the order of their data; CheckpointError if the header is wrong anywhere.
+    """The tensors of one mapped file, in the order of their data; CheckpointError if anything is wrong.
 
-    As the format asks, tensors cover the data exactly: no holes, no overlap, nothing after the last. It does not ask
-    for alignment (GPT-2's own file begins its f32 data at an odd offset), so `data` may lie at any address.
+    As the format asks, tensors cover the data exactly: no holes, no overlap, nothing after the last. It does not
+    ask for alignment (GPT-2's own file begins its f32 data at an odd offset): `data` may lie at any address.
     """
     length = int.from_bytes(view[:8], "little")
-    if length > min(HEADER_LIMIT, len(view) - 8) or view[8:9] != b"{":
-        if (known := nature(bytes(view[:32]))) and view[8:9] != b"{":
+    brace = bytes(view[8:9]) == b"{"
+    if length > min(HEADER_LIMIT, len(view) - 8) or not brace:
+        if (known := nature(bytes(view[:32]))) and not brace:
             fail(path, f"is not a safetensors file but {known}")
         if len(view) < 8:
             fail(path, "is not a safetensors file: it is shorter than a header's length field")
         if length > HEADER_LIMIT:
-            fail(path, f"a header of {length} bytes: not a safetensors file, or damaged ({HEADER_LIMIT} is the limit)")
+            fail(
+                path,
+                f"a header of {length} bytes ({HEADER_LIMIT} is the limit): damaged, or not safetensors",
+            )
         if length > len(view) - 8:
             fail(path, f"is cut short: a header of {length} bytes in a file of {len(view)}")
         fail(path, "is not a safetensors file: its header does not begin with {")
@@ -43,7 +47,9 @@ def read_safetensors(path: Path, view: memoryview) -> dict[str, Tensor]:
     end = 0
     for begin, next_end, tensor in placed:
         if begin != end:
-            fault = "overlaps the tensor before it" if begin < end else f"leaves a hole of {begin - end} bytes before it"
+            fault = (
+                "overlaps the tensor before it" if begin < end else f"leaves a hole of {begin - end} bytes before it"
+            )
             fail(path, f"tensor {shown(tensor.name)}: {fault}")
         end = next_end
     if end != len(data):
@@ -86,7 +92,7 @@ def _counts(value: Any) -> bool:
 def read_index(path: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
     """The shards that a `model.safetensors.index.json` names, and their tensors.
 
-    Each tensor of the index must be in the shard that the index says, and in no other; a shard holds nothing else.
+    Each tensor of the index must be in the shard that it says, and in no other; a shard holds nothing else.
     """
     weight_map = read_json(path, HEADER_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -1,0 +1,162 @@
+"""The compiled core. Private: ops.cpu, weights and engine.sampling are its callers.
+
+A Buffer is anything contiguous with the buffer protocol (bytes, memoryview, array, NumPy); it is read in place.
+"""
+
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
+PAGE: int
+"""Tokens in a page of the KV cache: ops.PAGE."""
+
+def isa() -> str:
+    """The instruction set in use: PRONGHORN_ISA, or the best of `available_isas`. RuntimeError if that has not got it."""
+
+def available_isas() -> list[str]:
+    """The instruction sets that this machine can run, best first."""
+
+def usable_processors() -> int:
+    """How many threads are worth having: the affinity mask and the control group's quota."""
+
+class Pool:
+    """Threads that run programs together."""
+
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def size(self) -> int: ...
+
+class KvCache:
+    """Keys and values of all layers, in pages. `format` is f32 or bf16. Memory is taken when it is first touched."""
+
+    def __init__(
+        self, n_layers: int, n_pages: int, n_kv_heads: int, head_dim: int, format: str, /
+    ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class View:
+    """Columns of a program's buffer: what recorded operations take and give."""
+
+    @property
+    def width(self) -> int: ...
+    def columns(self, begin: int, end: int, /) -> View: ...
+
+class Program:
+    """A recorded model. Operations take weights by the numbers that `matrix` and `vector` gave, -1 for none.
+
+    ValueError for what does not fit together.
+    """
+
+    def __init__(self, max_tokens: int, vocab_size: int) -> None: ...
+    def matrix(
+        self,
+        data: Buffer,
+        format: str,
+        order: str,
+        n_out: int,
+        n_in: int,
+        group: int = 0,
+        symmetric: bool = False,
+    ) -> int: ...
+    def vector(self, data: Buffer, n: int) -> int: ...
+    def embed(self, table: int, /) -> View: ...
+    def positions(self, x: View, table: int, /) -> View: ...
+    def layer_norm(self, x: View, weight: int, bias: int, eps: float, /) -> View: ...
+    def rms_norm(self, x: View, weight: int, eps: float, /) -> View: ...
+    def linear(
+        self, x: View, matrix: int, bias: int, activation: str, residual: View | None
+    ) -> View: ...
+    def gate(self, gate: View, up: View, activation: str, /) -> View: ...
+    def add(self, x: View, y: View, /) -> View: ...
+    def rope(
+        self, frequencies: tuple[float, ...], interleaved: bool, magnitude: float, /
+    ) -> int: ...
+    def attention(
+        self,
+        q: View,
+        k: View,
+        v: View,
+        layer: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int,
+        rope: int,
+    ) -> View: ...
+    def logits(self, x: View, matrix: int, bias: int, /) -> None: ...
+    def finish(self) -> None: ...
+    @property
+    def n_instructions(self) -> int: ...
+    @property
+    def buffer_bytes(self) -> int: ...
+    def run(
+        self,
+        token_ids: Buffer,
+        positions: Buffer,
+        sequence: Buffer,
+        page_table: Buffer,
+        table_width: int,
+        logits_rows: Buffer,
+        cache: KvCache,
+        pool: Pool,
+    ) -> memoryview:
+        """Executes a batch (see ops.Batch) without the interpreter lock -> float32 [len(logits_rows), vocab_size]."""
+
+def packed_size(format: str, n_out: int, n_in: int, group: int, symmetric: bool) -> int:
+    """Bytes of an int8 or int4 matrix."""
+
+def pack(
+    source: Buffer,
+    dtype: str,
+    n_out: int,
+    n_in: int,
+    transposed: bool,
+    destination: Buffer,
+    format: str,
+    group: int,
+    symmetric: bool,
+    pool: Pool,
+) -> None:
+    """Converts a matrix of a file (any dtype, GGUF's blocks too) to f32, f16, bf16 (in its order), int8 or int4.
+
+    ValueError where sizes do not fit, or for values that cannot be quantized.
+    """
+
+def checksum(data: Buffer, pool: Pool) -> int: ...
+def gguf_skip_strings(buffer: Buffer, offset: int, count: int) -> int:
+    """The position after `count` GGUF strings, or -1 if they go past the end."""
+
+def gguf_strings(buffer: Buffer, offset: int, count: int) -> list[str]:
+    """That many GGUF strings. ValueError if they go past the end, UnicodeDecodeError if one is not UTF-8."""
+
+class Sampler:
+    """The parameters of sampling, ready for use: see engine.sampling."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        seed: int,
+        logit_bias: Sequence[tuple[int, float]],
+        withheld: Sequence[int],
+        min_tokens: int,
+    ) -> None: ...
+    def choose(
+        self, logits: Buffer, row: int, vocabulary: int, history: Buffer, n_prompt: int
+    ) -> int: ...
+
+def log_probabilities(
+    logits: Buffer, row: int, vocabulary: int, chosen: int, n_top: int
+) -> list[tuple[int, float]]: ...
+def philox(
+    c0: int, c1: int, c2: int, c3: int, key: int, /
+) -> tuple[int, int, int, int]:
+    """Four words of the counter-based generator."""
