@@ -479,7 +479,7 @@ void quantize_rows(const float* x, i64 x_stride, i64 n_in, i64 group, std::int8_
       F largest = zero();
       for (i64 i = first_input; i < last; i += kLanes)
         largest = max(absolute(load_first(xr + i, smaller(kLanes, last - i))), largest);
-      const float top = lanes_max(largest), inverse = top > 0 ? 127 / top : 0;
+      const float top = lanes_max(largest), inverse = top > 1e-36f ? 127 / top : 0;  // smaller: no finite inverse
       i32 sum = 0;
       for (i64 i = first_input; i < last; i += kLanes) {
         const i64 n = smaller(kLanes, last - i);

@@ -149,7 +149,7 @@ def test_unknown_block_formats_are_refused(name: str) -> None:
 
 def test_sizes_that_do_not_agree_are_refused() -> None:
     for source, destination in ((17, 128), (18, 124), (36, 128)):
-        with pytest.raises(ValueError, match="size|long"):
+        with pytest.raises(ValueError, match=r"size|long"):
             dequantize("q4_0", bytes(source), bytearray(destination))
 
 

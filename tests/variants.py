@@ -67,7 +67,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"head_dim": 16},
     ),
     "llama-linear": ("Llama", LLAMA | rope("linear", factor=4.0)),
-    "llama-yarn": ("Llama", LLAMA | rope("yarn", factor=4.0, original_max_position_embeddings=24)),
+    "llama-yarn": (
+        "Llama",
+        LLAMA | {"head_dim": 32} | rope("yarn", factor=4.0, original_max_position_embeddings=2000),
+    ),
     "llama-yarn-mscale": (
         "Llama",
         LLAMA

@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pronghorn import __version__
@@ -98,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = command("info", info, "What a model is, and the memory that it needs.")
     add.add_argument("-m", "--model", help=MODEL)
+    add.add_argument("--dtype", default="auto", help="auto, f32, bf16, int8 or int4: what weights would become")
     add.add_argument("--json", action="store_true", help="print one object")
 
     add = command("pull", pull, "Fetch the default model, SmolLM2-135M-Instruct, and print where it is.")
@@ -187,8 +189,7 @@ def text_of(given: str | None, file: str | None) -> str:
     if file is None:
         return given or ""
     try:
-        data = sys.stdin.buffer.read() if file == "-" else open(file, "rb").read()  # noqa: SIM115, PTH123
-        text = data.decode()
+        text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{file}: {error.strerror if isinstance(error, OSError) else error}") from None
     return text.removesuffix("\n").removesuffix("\r")
@@ -316,13 +317,14 @@ def info(args: argparse.Namespace) -> None:
     from pronghorn.models import model_for
 
     checkpoint = open_model(args.model)
-    facts = describe(checkpoint, model_for(checkpoint.config))
+    facts = describe(checkpoint, model_for(checkpoint.config), args.dtype)
     if args.json:
         print_json(facts)
         return
-    print(f"{facts['path']}: {facts['format']}, {facts['parameters']:,} parameters, {size_of(facts['bytes'])} mapped")
-    for dtype, entry in facts["by_dtype"].items():
-        print(f"  {dtype:6} {entry['tensors']:5} tensors {size_of(entry['bytes']):>10}")
+    print(f"{facts['path']}: {facts['format']}, {facts['parameters']:,} parameters, {size_of(facts['bytes'])}")
+    for entry in facts["weights"]:
+        form = entry["dtype"] if entry["how"] == "mapped" else f"{entry['dtype']} to {entry['becomes']}"
+        print(f"  {entry['tensors']:5} tensors {size_of(entry['bytes']):>10}  {form}, {entry['how']}")
     print("config")
     for name, value in facts["config"].items():
         print(f"  {name} = {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from pronghorn.errors import CheckpointError, ParameterError, PromptError, Prong
 from pronghorn.models import Model, model_for
 from pronghorn.ops import PAGE, Runner
 from pronghorn.weights import Checkpoint, open_checkpoint
-from pronghorn.weights.types import Dense, Matrix, Module, Tensor
+from pronghorn.weights.types import Dense, Matrix, Module
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,6 +111,7 @@ class LLM:
         prefix_cache: bool = True,
     ) -> None:
         started = time.perf_counter()
+        self.dtype = dtype
         check_options(dtype, device, threads, draft, kv_dtype, kv_memory)
         self._checkpoint = open_model(model)
         self.path = self._checkpoint.path
@@ -236,7 +238,7 @@ class LLM:
 
     def info(self) -> dict[str, Any]:
         """What the model is and the memory that it needs: see `describe`."""
-        return describe(self._checkpoint, self.model)
+        return describe(self._checkpoint, self.model, self.dtype)
 
     def close(self) -> None:
         """Ends what runs, and lets go of weights and memory. `with LLM(...) as llm:` does it at the end."""
@@ -320,7 +322,10 @@ class Generation:
         self.text = ""
         self.text_stream: TextStream | None = None
         try:
-            self.text_stream = TextStream(llm.tokenizer.stream(), request.params.stop)
+            decoder = llm.tokenizer.stream()
+            for token_id in request.token_ids[-8:]:  # the text goes on: a space may begin it, half a character end
+                decoder.push(token_id)
+            self.text_stream = TextStream(decoder, request.params.stop)
         except CheckpointError:
             if request.params.stop:  # ids in, ids out does without text; stop strings do not
                 raise
@@ -479,7 +484,12 @@ def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
 
 
 def check_options(
-    dtype: str, device: str, threads: int | None, draft: str | None, kv_dtype: str, kv_memory: int | None
+    dtype: str,
+    device: str = "cpu",
+    threads: int | None = None,
+    draft: str | None = None,
+    kv_dtype: str = "auto",
+    kv_memory: int | None = None,
 ) -> None:
     """Raises ParameterError for what no model can make good."""
     if dtype not in DTYPES:
@@ -579,20 +589,15 @@ def token_ids_of(value: object) -> tuple[int, ...]:
     return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0)
 
 
-def describe(checkpoint: Checkpoint, model: Model) -> dict[str, Any]:
-    """What `pronghorn info` shows: the configuration, sizes, and the memory that a context of each length needs."""
-    tensors: dict[str, Tensor] = model.resolve(checkpoint.tensors)
-    config = model.config
-    by_dtype: dict[str, dict[str, int]] = {}
-    n_parameters = 0
-    for tensor in tensors.values():
-        size = 1
-        for n in tensor.shape:
-            size *= n
-        n_parameters += size
-        entry = by_dtype.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0})
-        entry["tensors"] += 1
-        entry["bytes"] += tensor.data.nbytes
+def describe(checkpoint: Checkpoint, model: Model, dtype: str = "auto") -> dict[str, Any]:
+    """What `pronghorn info` shows: the configuration, what becomes of the weights, and the memory of each context."""
+    from pronghorn.weights import quantize
+
+    check_options(dtype)
+    parameters, tensors, config = model.parameters(), model.resolve(checkpoint.tensors), model.config
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for name, form in quantize.describe(parameters, tensors, dtype).items():
+        groups.setdefault(form, []).append(tensors[name].data.nbytes)
     token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim
     lengths = [n for n in (2**i for i in range(7, 30)) if n < config.context] + [config.context]
     return {
@@ -600,8 +605,11 @@ def describe(checkpoint: Checkpoint, model: Model) -> dict[str, Any]:
         "format": checkpoint.format,
         "files": [str(file) for file in checkpoint.files],
         "config": checkpoint.config,
-        "parameters": n_parameters,
+        "parameters": sum(math.prod(parameter.shape) for parameter in parameters.values()),
         "bytes": sum(tensor.data.nbytes for tensor in tensors.values()),
-        "by_dtype": by_dtype,
+        "weights": [
+            {"dtype": own, "becomes": target, "how": how, "tensors": len(sizes), "bytes": sum(sizes)}
+            for (own, target, how), sizes in groups.items()
+        ],
         "kv_bytes": {dtype: {str(n): n * token_bytes * size for n in lengths} for dtype, size in KV_SIZES.items()},
     }

@@ -19,8 +19,6 @@ def model_for(config: dict[str, Any]) -> Model:
     """The model that a config.json describes. Raises ConfigError for what is wrong or not implemented."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise ConfigError(
-            f"config.json: model_type is {shown(model_type)}: expected one of {', '.join(ARCHITECTURES)}"
-        )
+        raise ConfigError(f"config.json: model_type is {shown(model_type)}: expected one of {', '.join(ARCHITECTURES)}")
     model: Model = import_module(f"{__name__}.{ARCHITECTURES[model_type]}").model(config)
     return model

@@ -88,9 +88,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
     step = 1 << 20
     return a is b or (
         (a.dtype, a.shape, a.data.nbytes) == (b.dtype, b.shape, b.data.nbytes)
-        and all(
-            bytes(a.data[i : i + step]) == bytes(b.data[i : i + step]) for i in range(0, a.data.nbytes, step)
-        )
+        and all(bytes(a.data[i : i + step]) == bytes(b.data[i : i + step]) for i in range(0, a.data.nbytes, step))
     )
 
 

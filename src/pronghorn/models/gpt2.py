@@ -102,8 +102,7 @@ def model(config: dict[str, Any]) -> GPT2:
         tied=fields.flag("tie_word_embeddings", True),
         transposed=fields.flag("conv1d_transposed", True),
         attention=tuple(
-            Attention(i, n_heads, n_heads, head_dim, scale / (i + 1) if by_layer else scale)
-            for i in range(n_layers)
+            Attention(i, n_heads, n_heads, head_dim, scale / (i + 1) if by_layer else scale) for i in range(n_layers)
         ),
     )
     fields.take("n_ctx", None)  # an older name of n_positions, no longer read by anyone

@@ -164,9 +164,7 @@ class TorchOps:
             self.rotations[rope] = (next(turns), next(turns))
         cos, sin = self.rotations[rope]  # [tokens, 1, pairs]
         n = len(rope.frequencies)
-        first, second = (
-            (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if rope.interleaved else (slice(0, n), slice(n, 2 * n))
-        )
+        first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if rope.interleaved else (slice(0, n), slice(n, 2 * n))
         y = x.clone()
         y[..., first] = x[..., first] * cos - x[..., second] * sin
         y[..., second] = x[..., second] * cos + x[..., first] * sin

@@ -74,8 +74,7 @@ class ReferenceOps:
     def __init__(self, runner: ReferenceRunner, batch: Batch) -> None:
         self.runner = runner
         self.token_ids, self.at, self.sequence, self.logits_rows = (
-            np.array(a, dtype=np.int64)
-            for a in (batch.token_ids, batch.positions, batch.sequence, batch.logits_rows)
+            np.array(a, dtype=np.int64) for a in (batch.token_ids, batch.positions, batch.sequence, batch.logits_rows)
         )
         self.page_table = np.array(batch.page_table, dtype=np.int64).reshape(-1, max(batch.table_width, 1))
 
@@ -95,9 +94,7 @@ class ReferenceOps:
         runs = x.reshape(len(x), -1, len(weight))
         return (runs / np.sqrt((runs**2).mean(axis=2, keepdims=True) + eps) * weight).reshape(x.shape)
 
-    def linear(
-        self, x: Array, module: Module, activation: str | None = None, residual: Array | None = None
-    ) -> Array:
+    def linear(self, x: Array, module: Module, activation: str | None = None, residual: Array | None = None) -> Array:
         """With bf16 weights x is rounded to bf16; with int8 and int4 to 8 bits, by the weights' groups."""
         y = self.rounded(x, module.weight) @ self.runner.array(module.weight).T
         if module.get("bias") is not None:
@@ -175,9 +172,7 @@ def rotate(x: Array, positions: NDArray[np.int64], rope: Rope) -> Array:
     n = len(rope.frequencies)
     angles = positions[:, None, None] * np.array(rope.frequencies)  # [tokens, 1, n]
     cos, sin = rope.magnitude * np.cos(angles), rope.magnitude * np.sin(angles)
-    first, second = (
-        (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if rope.interleaved else (slice(0, n), slice(n, 2 * n))
-    )
+    first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if rope.interleaved else (slice(0, n), slice(n, 2 * n))
     y = x.copy()
     y[..., first] = x[..., first] * cos - x[..., second] * sin
     y[..., second] = x[..., second] * cos + x[..., first] * sin

@@ -7,7 +7,7 @@ source itself knows them. The result is cached by the caller, so clarity is wort
 from __future__ import annotations
 
 import struct
-from base64 import b64encode
+from binascii import b2a_base64
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,15 +83,15 @@ PRE_TOKENIZERS: dict[str, tuple[str | dict[str, Any], ...]] = {
 left, or steps of tokenizer.json. They are those of the models' own tokenizer.json, of which llama.cpp's table
 (src/llama-vocab.cpp) keeps the names."""
 
-_WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken"}
-"""Vocabularies that come from tiktoken: a word that is a token is that token, whatever its merges say."""
+FROM_TIKTOKEN = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken"}
+"""Vocabularies from tiktoken: a word that is a token is that token, whatever its merges say. They begin with BOS."""
 
 _COMPOSED = {"qwen2", "deepseek-r1-qwen"}
 """Qwen's tokenizer.json normalizes to NFC first. llama.cpp does not; the model was trained with it."""
 
 
 def _byte_level(
-    kind: str, vocab: dict[str, int], merges: list[Any], added: list[dict[str, Any]], add_prefix_space: bool = False
+    kind: str, vocab: dict[str, int], merges: list[str], added: list[dict[str, Any]], add_prefix_space: bool = False
 ) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
     for step in PRE_TOKENIZERS[kind]:
@@ -110,9 +110,15 @@ def _byte_level(
             "type": "BPE",
             "vocab": vocab,
             "merges": merges,
-            "ignore_merges": kind in _WHOLE_WORDS_FIRST,
+            "ignore_merges": kind in FROM_TIKTOKEN,
         },
     }
+
+
+def _check_merges(path: object, merges: list[str]) -> None:
+    for merge in merges:
+        if merge.count(" ") != 1 or merge[0] == " " or merge[-1] == " ":
+            fail(path, f"the merge {shown(merge)} is not a pair of tokens")
 
 
 def from_merges(vocab_file: Path, merges_file: Path, kind: str, add_prefix_space: bool) -> Derived:
@@ -126,9 +132,7 @@ def from_merges(vocab_file: Path, merges_file: Path, kind: str, add_prefix_space
     except UnicodeDecodeError as error:
         fail(merges_file, f"not UTF-8 at byte {error.start}")
     merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
-    for line in merges:
-        if line.count(" ") != 1 or line[0] == " " or line[-1] == " ":
-            fail(merges_file, f"{shown(line)} is not a pair of tokens")
+    _check_merges(merges_file, merges)
     spec = _byte_level(kind, vocab, merges, [], add_prefix_space)
     end = "<|endoftext|>"
     return Derived(spec, dict.fromkeys(("bos_token", "eos_token", "unk_token"), end) if end in vocab else {})
@@ -294,15 +298,17 @@ def _pieces(
         # What stands for bytes or controls never matches text, so it must cost more than any way to spell it.
         normal = [piece.score for piece in pieces if piece.kind in (NORMAL, USER_DEFINED)]
         worst = 8 * (min(normal, default=0.0) - 10)
+        unk_id = unknown[0] if unknown else None
         scored = [(p.text, p.score if p.kind in (NORMAL, USER_DEFINED) else worst) for p in pieces]
-        model = {"type": "Unigram", "vocab": scored, "unk_id": (unknown or [None])[0], "byte_fallback": byte_fallback}
+        model = {"type": "Unigram", "vocab": scored, "unk_id": unk_id, "byte_fallback": byte_fallback}
 
     def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
         return {"type": "Replace", "pattern": pattern, "content": content}
 
     normalizers: list[dict[str, Any]] = []
     if charsmap:
-        normalizers.append({"type": "Precompiled", "precompiled_charsmap": b64encode(charsmap).decode()})
+        table = b2a_base64(charsmap, newline=False).decode()
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": table})
     if squeeze:
         # A text's own leading spaces, squeezed to one, serve as its prefix: where they were dropped instead, "first"
         # below would not add one, because what is left is not the first of the text.
@@ -333,13 +339,14 @@ def _pieces(
     }
 
 
-def _merges(pieces: list[_Piece], vocab: dict[str, int], order: Iterable[float]) -> list[tuple[str, str]]:
+def _merges(pieces: list[_Piece], vocab: dict[str, int], order: Iterable[float]) -> list[str]:
     """Every way to make a piece of two others, in the order of the made pieces; then of the parts' ids.
 
     SentencePiece itself needs no merges: it joins the neighbours that make the best piece, the leftmost first. The
     two differ only where one piece can be made in two overlapping ways at once.
     """
-    whole = {piece.text for piece in pieces if piece.kind in (NORMAL, USER_DEFINED)}
+    # Spaces are written ▁ before anything is merged, so a piece with a space in it is never made.
+    whole = {piece.text for piece in pieces if piece.kind in (NORMAL, USER_DEFINED) and " " not in piece.text}
     ranked = []
     for piece, rank in zip(pieces, order, strict=True):
         if piece.text not in whole:
@@ -349,7 +356,7 @@ def _merges(pieces: list[_Piece], vocab: dict[str, int], order: Iterable[float])
             if left in whole and right in whole:
                 ranked.append((rank, vocab[left], vocab[right], left, right))
     ranked.sort()
-    return [(left, right) for *_, left, right in ranked]
+    return [f"{left} {right}" for *_, left, right in ranked]
 
 
 def _added(tokens: Iterable[tuple[int, str, int]]) -> list[dict[str, Any]]:
@@ -373,7 +380,7 @@ def from_gguf(metadata: Mapping[str, Any], path: object) -> Derived:
     if model == "gpt2":
         kind = gguf_kind(metadata)
         if kind not in PRE_TOKENIZERS:
-            fail(path, f"the pre-tokenizer {shown(str(kind))} is not supported ({', '.join(PRE_TOKENIZERS)} are)")
+            fail(path, f"the pre-tokenizer {shown(kind)} is not supported ({', '.join(PRE_TOKENIZERS)} are)")
         # An empty token cannot be told apart in a text; it only keeps its place.
         tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
         vocab = {token: index for index, token in enumerate(tokens)}
@@ -381,15 +388,9 @@ def from_gguf(metadata: Mapping[str, Any], path: object) -> Derived:
             index = next(index for index, token in enumerate(tokens) if vocab[token] != index)
             fail(path, f"tokens {index} and {vocab[tokens[index]]} are both {shown(tokens[index])}")
         merges = _list(metadata, "merges", str, path)
-        pairs = []
-        for merge in merges:
-            cut = merge.find(" ", 1)  # a token may itself begin with a space
-            left, right = merge[:cut], merge[cut + 1 :]
-            if cut < 0 or not right:
-                fail(path, f"the merge {shown(merge)} is not a pair of tokens")
-            pairs.append((left, right))
+        _check_merges(path, merges)
         added = _added((index, token, kinds[index]) for index, token in enumerate(tokens))
-        return Derived(_byte_level(kind, vocab, pairs, added), {})
+        return Derived(_byte_level(kind, vocab, merges, added), {})
     if model == "llama":
         scores = _list(metadata, "scores", float, path, len(tokens))
         pieces = [_Piece(*piece) for piece in zip(tokens, scores, kinds, strict=True)]
@@ -402,10 +403,10 @@ def from_gguf(metadata: Mapping[str, Any], path: object) -> Derived:
     fail(path, f"the tokenizer {shown(str(model))} is not supported (gpt2 and llama are)")
 
 
-def gguf_kind(metadata: Mapping[str, Any]) -> Any:
+def gguf_kind(metadata: Mapping[str, Any]) -> str:
     """The pre-tokenizer's name. Files from before it was written have llama.cpp's default, and GPT-2 its own."""
     plain = "gpt-2" if metadata.get("general.architecture") == "gpt2" else "default"
-    return metadata.get("tokenizer.ggml.pre") or plain
+    return str(metadata.get("tokenizer.ggml.pre") or plain)
 
 
 def _list(metadata: Mapping[str, Any], name: str, kind: type, path: object, length: int | None = None) -> list[Any]:

@@ -11,24 +11,36 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pronghorn.errors import CheckpointError, PromptError, PronghornError
+from pronghorn.text.derive import (
+    FROM_TIKTOKEN,
+    Derived,
+    check_charsmap,
+    from_gguf,
+    from_merges,
+    from_sentencepiece,
+    gguf_kind,
+)
 from pronghorn.text.stream import StreamDecoder, plan
 from pronghorn.weights.files import fail, map_file, read_json, shown
 
 if TYPE_CHECKING:
     import tokenizers
 
-    from pronghorn.text.derive import Derived
     from pronghorn.weights import TokenizerSource
 
 __all__ = ["StreamDecoder", "Tokenizer", "open_tokenizer"]
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CACHE_FORMAT = 1  # to be raised when derive.py gives another result for the same file
+
+_BYTE_LEVEL_CLASSES = {"GPT2Tokenizer": "gpt-2", "CodeGenTokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
+"""How text is cut, which vocab.json and merges.txt do not say, by tokenizer_config.json's `tokenizer_class`."""
 
 # What ends an answer in files that name only the end of a document (GGUF has had a key for it since late in 2024).
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
@@ -166,70 +178,60 @@ def open_tokenizer(source: TokenizerSource) -> Tokenizer:
 
 def _open_folder(folder: Path) -> Tokenizer:
     config = _optional(folder / "tokenizer_config.json")
-    named = {name: text for name in _NAMES if (text := _text(config.get(name)))}
-    for name, value in _optional(folder / "special_tokens_map.json").items():
-        if name in _NAMES and (text := _text(value)):
-            named.setdefault(name, text)
-    add_bos, add_eos = (_flag(folder, config, name) for name in ("add_bos_token", "add_eos_token"))
-
-    pairs = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-    if (path := folder / "tokenizer.json").is_file():
-        backend = _load(map_file(path), path)
-    elif (path := folder / "tokenizer.model").is_file():
-        legacy = _flag(folder, config, "legacy") is True
-        prefix = _flag(folder, config, "add_prefix_space")
-
-        def derive() -> Derived:
-            from pronghorn.text.derive import from_sentencepiece
-
-            return from_sentencepiece(path, legacy, prefix)
-
-        backend, own = _derived([path], [legacy, prefix], derive)
-        named = {**own, **named}
-        add_bos = "bos_token" in named if add_bos is None else add_bos
-        add_eos = bool(add_eos)
-    elif files := next(([folder / a, folder / b] for a, b in pairs if (folder / a).is_file()), None):
-        kind = {"Qwen2Tokenizer": "qwen2"}.get(str(config.get("tokenizer_class", "")).removesuffix("Fast"), "gpt-2")
-        prefix = _flag(folder, config, "add_prefix_space")
-
-        def derive() -> Derived:
-            from pronghorn.text.derive import from_merges
-
-            return from_merges(files[0], files[1], kind, bool(prefix))
-
-        backend, own = _derived(files, [kind, prefix], derive)
-        named = {**own, **named}
-        add_bos, add_eos = bool(add_bos), bool(add_eos)
-    else:
-        fail(folder, "holds no tokenizer: neither tokenizer.json, nor tokenizer.model, nor vocab.json and merges.txt")
-
+    backend, named, adds_bos, adds_eos = _folder_backend(folder, config)
+    for source in (_optional(folder / "special_tokens_map.json"), config):
+        named.update((name, text) for name in _NAMES if (text := _text(source.get(name))))
     with _guard(folder):
         _add_tokens(backend, folder, config, named)
+
+    ids: dict[str, list[int]] = {"bos": [], "eos": []}
     generation, model = _optional(folder / "generation_config.json"), _optional(folder / "config.json")
-    ids = {
-        name: _ids(folder, generation.get(f"{name}_token_id"))
-        or _ids(folder, model.get(f"{name}_token_id"))
-        for name in ("bos", "eos")
-    }  # fmt: skip
-    bos = [*_ids_of(backend, named, "bos_token"), *ids["bos"]]
+    for name, found in ids.items():
+        if (index := backend.token_to_id(named.get(f"{name}_token", ""))) is not None:
+            found.append(index)
+        found += _ids(folder, generation, name) or _ids(folder, model, name)
+    add_bos, add_eos = (_flag(folder, config, name) for name in ("add_bos_token", "add_eos_token"))
     return _build(
-        path if path.is_file() else folder, backend, add_bos=add_bos, add_eos=add_eos, bos_id=bos[0] if bos else None,
-        eos_ids=[*_ids_of(backend, named, "eos_token"), *ids["eos"]], special_tokens=named,
+        folder,
+        backend,
+        add_bos=adds_bos if add_bos is None else add_bos,
+        add_eos=adds_eos if add_eos is None else add_eos,
+        bos_id=ids["bos"][0] if ids["bos"] else None,
+        eos_ids=ids["eos"],
+        special_tokens=named,
         chat_templates=_templates(folder, config),
-    )  # fmt: skip
+    )
+
+
+def _folder_backend(
+    folder: Path, config: dict[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, str], bool | None, bool | None]:
+    """The best of a folder's files -> (backend, special tokens by name, whether BOS and EOS are added by default)."""
+    if (path := folder / "tokenizer.json").is_file():
+        return _load(map_file(path), path), {}, None, None
+    prefix = _flag(folder, config, "add_prefix_space")
+    if (path := folder / "tokenizer.model").is_file():
+        options: list[Any] = [_flag(folder, config, "legacy") is True, prefix]
+        return *_derived([path], options, partial(from_sentencepiece, path, *options)), True, False
+    for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        if (path := folder / vocabulary).is_file():
+            name = str(config.get("tokenizer_class") or "GPT2Tokenizer")
+            if (kind := _BYTE_LEVEL_CLASSES.get(name.removesuffix("Fast"))) is None:
+                fail(folder, f"{vocabulary} and {merges} of a {shown(name)} are not supported without a tokenizer.json")
+            make = partial(from_merges, path, folder / merges, kind, bool(prefix))
+            return *_derived([path, folder / merges], [kind, prefix], make), False, False
+    fail(folder, "holds no tokenizer: neither tokenizer.json, nor tokenizer.model, nor vocab.json and merges.txt")
 
 
 def _open_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    from pronghorn.text.derive import from_gguf, gguf_kind
     from pronghorn.weights.gguf import Metadata
 
-    path = metadata.path if isinstance(metadata, Metadata) else None
-    if path is None:
-        what: object = "GGUF"
-        backend = _load(from_gguf(metadata, what).json(what), what)
+    what: object = "GGUF"
+    if isinstance(metadata, Metadata):
+        what = metadata.path
+        backend, _ = _derived([metadata.path], [], partial(from_gguf, metadata, what))
     else:
-        what = path
-        backend, _ = _derived([path], ["gguf"], lambda: from_gguf(metadata, path))
+        backend = _load(from_gguf(metadata, what).json(what), what)
 
     def ids(*keys: str) -> list[int]:
         found = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in keys)
@@ -242,7 +244,8 @@ def _open_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     if not ids("eot"):
         eos += [index for token in _END_OF_TURN if (index := backend.token_to_id(token)) is not None]
     named = {}
-    for name, key in zip(_NAMES, ("bos", "eos", "unknown", "seperator", "padding", "cls", "mask"), strict=True):
+    keys = ("bos", "eos", "unknown", "seperator", "padding", "cls", "mask")  # spelled as GGUF spells them
+    for name, key in zip(_NAMES, keys, strict=True):
         for index in ids(key):
             named[name] = backend.id_to_token(index) or ""
     templates = {"default": metadata.get("tokenizer.chat_template")} | {
@@ -251,13 +254,17 @@ def _open_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         if key.startswith("tokenizer.chat_template.")
     }
     # llama.cpp's defaults again: BOS for SentencePiece, and for the vocabularies of Llama 3 and Mistral.
-    adds_bos = spm or gguf_kind(metadata) in ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")
+    adds_bos = spm or gguf_kind(metadata) in FROM_TIKTOKEN
     return _build(
-        what, backend, add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)),
-        add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)), bos_id=bos[0] if bos else None,
-        eos_ids=eos, special_tokens=named,
+        what,
+        backend,
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)),
+        add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+        bos_id=bos[0] if bos else None,
+        eos_ids=eos,
+        special_tokens=named,
         chat_templates={name: text for name, text in templates.items() if isinstance(text, str)},
-    )  # fmt: skip
+    )
 
 
 def _build(what: object, backend: tokenizers.Tokenizer, **properties: Any) -> Tokenizer:
@@ -285,8 +292,6 @@ def _check_charsmaps(data: bytes, path: object) -> None:
     import base64
     import re
 
-    from pronghorn.text.derive import check_charsmap
-
     for match in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"', data):
         try:
             check_charsmap(base64.b64decode(match[1].replace(b"\\/", b"/"), validate=True), path)
@@ -295,9 +300,9 @@ def _check_charsmaps(data: bytes, path: object) -> None:
 
 
 def _derived(
-    files: list[Path], options: list[Any], derive: Callable[[], Derived]
+    files: list[Path], options: list[Any], make: Callable[[], Derived]
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """The backend that `derive` says, by way of the cache -> (backend, special tokens by name).
+    """What `make` makes of `files`, or the cache of it -> (backend, special tokens by name).
 
     A cache file is one line of JSON (what it was made from, and its checksum), then the tokenizer.json. One that is
     damaged, stale or another's is made anew.
@@ -320,7 +325,7 @@ def _derived(
             return _load(data, cached), head["named"]
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         pass
-    derived = derive()
+    derived = make()
     data = derived.json(files[0])
     backend = _load(data, files[0])
     head = {"source": source, "crc32": zlib.crc32(data), "named": derived.named}
@@ -329,8 +334,9 @@ def _derived(
         cached.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(json.dumps(head).encode() + b"\n" + data)
         temporary.replace(cached)
-    except OSError:  # a full or read-only disk: the next start derives it again
-        pass
+    except OSError:  # a full or read-only disk: the next start makes it again
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return backend, derived.named
 
 
@@ -359,8 +365,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict[str, A
             is_special = text in special or entry.get("special") is True
             tokens.append((index, AddedToken(text, special=is_special, **{"normalized": not is_special, **flags})))
     for text in sorted(special - {""}):
-        if not known.get(text, text in wanted) and (index := backend.token_to_id(text)) is not None:
-            tokens.append((index, AddedToken(text, special=True, normalized=False)))
+        if not known.get(text, text in wanted) and (given := backend.token_to_id(text)) is not None:
+            tokens.append((given, AddedToken(text, special=True, normalized=False)))
     for index, token in tokens:
         backend.add_tokens([token])
         if (given := backend.token_to_id(token.content)) != index:
@@ -410,14 +416,11 @@ def _flag(folder: Path, config: dict[str, Any], name: str) -> bool | None:
     return value
 
 
-def _ids(folder: Path, value: Any) -> list[int]:
-    values = value if isinstance(value, list) else [value]
+def _ids(folder: Path, config: dict[str, Any], name: str) -> list[int]:
+    """`bos_token_id` or `eos_token_id`: a number or a list of them."""
+    value = config.get(f"{name}_token_id")
+    values = value if isinstance(value, list) else [] if value is None else [value]
     for index in values:
-        if index is not None and (type(index) is not int or not 0 <= index < 2**31):
-            fail(folder, f"the configuration names the token id {shown(str(index))}")
-    return [index for index in values if index is not None]
-
-
-def _ids_of(backend: tokenizers.Tokenizer, named: dict[str, str], name: str) -> list[int]:
-    index = backend.token_to_id(named[name]) if name in named else None
-    return [] if index is None else [index]
+        if type(index) is not int or not 0 <= index < 2**31:
+            fail(folder, f"{name}_token_id is {shown(str(value))}, not the id of a token")
+    return values

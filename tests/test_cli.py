@@ -1,0 +1,295 @@
+"""The command line: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pronghorn import LLM, SamplingParams, __version__
+from pronghorn.cli import main
+from pronghorn.engine.engine import Engine
+from pronghorn.engine.scheduler import Request
+from tiny import STORY, save_tiny
+
+COMMAND = [sys.executable, "-m", "pronghorn"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("tiny") / "model", max_position_embeddings=4000))
+
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Runs a command here -> (exit status, standard output, standard error)."""
+
+    def run(*args: str, stdin: str | bytes = "") -> tuple[int, str, str]:
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        try:
+            status = main(args)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def fails(result: tuple[int, str, str], message: str) -> None:
+    """A user's mistake: status 2, and one line that says so."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.startswith("pronghorn: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_generate(cli: Cli, model: str) -> None:
+    with LLM(model) as llm:
+        expected = llm.generate("hello", SamplingParams(max_tokens=20)).text
+    status, out, err = cli("generate", "hello", "-m", model, "-n", "20")
+    assert (status, out) == (0, expected + "\n")
+    assert err.startswith("pronghorn: 20 tokens at ")
+    assert err.count("\n") == 1
+    assert "GB/s" in err
+    assert cli("generate", "hello", "-m", model, "-n", "20", "-q") == (0, expected + "\n", "")
+    assert cli("generate", "hello", "-m", model, "-n", "20", "-q", "--no-cache", "--threads", "2")[1] == expected + "\n"
+
+
+def test_generate_json(cli: Cli, model: str) -> None:
+    options = "--temperature 0.7 --top-k 50 --top-p 0.9 --min-p 0.01 --seed 3 --repetition-penalty 1.1 "
+    options += "--presence-penalty 0.1 --frequency-penalty 0.2 --min-tokens 2 --logit-bias 65=2.5 --logit-bias 66=-inf "
+    options += "--stop zz --stop yy --stop-token-id 256 --ignore-eos -n 30 --logprobs 2 --json"
+    status, out, err = cli("generate", "hello", "-m", model, *options.split())
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    params = SamplingParams(
+        temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, seed=3, repetition_penalty=1.1, presence_penalty=0.1,
+        frequency_penalty=0.2, min_tokens=2, logit_bias={65: 2.5, 66: -float("inf")}, stop=["zz", "yy"],
+        stop_token_ids=[256], ignore_eos=True, max_tokens=30, logprobs=2,
+    )  # fmt: skip
+    with LLM(model) as llm:
+        expected = llm.generate("hello", params)
+    assert found["text"] == expected.text
+    assert found["token_ids"] == expected.token_ids
+    assert found["finish_reason"] == expected.finish_reason
+    assert found["prompt_token_ids"] == expected.prompt_token_ids
+    assert found["seed"] == 3
+    assert expected.logprobs
+    assert found["logprobs"][5] == json.loads(json.dumps(expected.logprobs[5]._asdict()))
+    names = {"load_s", "ttft_s", "prefill_tok_s", "decode_tok_s", "bytes_per_token", "bandwidth_gb_s"}
+    assert found["timings"].keys() == names
+
+
+def test_prompts(cli: Cli, model: str, tmp_path: Path) -> None:
+    plain = cli("generate", "two\nlines", "-m", model, "-q")
+    file = tmp_path / "prompt"
+    file.write_text("two\nlines\n")
+    assert cli("generate", "--prompt-file", str(file), "-m", model, "-q") == plain
+    assert cli("generate", "--prompt-file", "-", "-m", model, "-q", stdin="two\nlines\r\n") == plain
+    assert cli("generate", "", "-m", model, "-q")[0] == 0
+    assert cli("generate", "-m", model, "-q", "--", "--json")[0] == 0
+    fails(cli("generate", "-m", model), "give either a text or --prompt-file")
+    fails(cli("generate", "a", "--prompt-file", "-", "-m", model), "give either a text or --prompt-file")
+    fails(cli("generate", "--prompt-file", str(tmp_path / "none"), "-m", model), "No such file")
+    fails(cli("generate", "--prompt-file", "-", "-m", model, stdin=b"\xff"), "utf-8")
+    fails(cli("generate", "a" * 4000, "-m", model), "the prompt has 4001 tokens, but the context holds 4000")
+
+
+def test_chat_template_and_chat(cli: Cli, model: str) -> None:
+    status, out, _ = cli("generate", "--chat", "--system", "be brief", "hi", "-m", model, "--json", "-n", "5")
+    assert status == 0
+    with LLM(model) as llm:
+        ids = llm.chat_prompt([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}])
+        assert json.loads(out)["prompt_token_ids"] == ids
+        messages = [{"role": "system", "content": "s"}]
+        expected = []
+        for text in ("one", "two"):
+            messages.append({"role": "user", "content": text})
+            expected.append(llm.generate(llm.chat_prompt(messages), SamplingParams(max_tokens=12)).text)
+            messages.append({"role": "assistant", "content": expected[-1]})
+    options = ("-m", model, "--system", "s", "-n", "12")
+    answers = "".join(text + "\n" for text in expected)
+    assert cli("chat", *options, "-q", stdin="one\n\ntwo\n") == (0, answers, "")
+    status, out, err = cli("chat", *options, stdin="one\n/clear\none\n/exit\ntwo\n")
+    assert (status, out) == (0, (expected[0] + "\n") * 2)
+    assert err.count("pronghorn: ") == 2
+    fails(cli("generate", "a", "--system", "b", "-m", model), "--system is for --chat")
+
+
+def test_tokenize(cli: Cli, model: str) -> None:
+    with LLM(model) as llm:
+        ids = llm.tokenizer.encode("héllo")
+    assert cli("tokenize", "héllo", "-m", model) == (0, " ".join(map(str, ids)) + "\n", "")
+    assert cli("tokenize", "--prompt-file", "-", "-m", model, stdin="héllo\n")[1].split() == [str(i) for i in ids]
+    assert cli("tokenize", "héllo", "-m", model, "--no-special")[1].split() == [str(i) for i in ids[1:]]
+    assert cli("tokenize", "--decode", *map(str, ids), "-m", model) == (0, "<s>héllo\n", "")
+    assert cli("tokenize", "--decode", str(ids)[1:-1], "-m", model, "--no-special") == (0, "héllo\n", "")
+    found = json.loads(cli("tokenize", "hé", "-m", model, "--json")[1])
+    assert found["token_ids"] == ids[:4]
+    assert found["tokens"][:2] == ["<s>", "h"]
+    fails(cli("tokenize", "--decode", "x", "-m", model), "token ids")
+    fails(cli("tokenize", "--decode", "258", "-m", model), "outside of the vocabulary (0 to 257)")
+    fails(cli("tokenize", "a", "b", "-m", model), "one text")
+
+
+def test_info(cli: Cli, model: str) -> None:
+    status, out, err = cli("info", "-m", model)
+    assert (status, err) == (0, "")
+    facts = json.loads(cli("info", "-m", model, "--json")[1])
+    assert f"{facts['parameters']:,} parameters" in out
+    assert "hidden_size = 32" in out
+    assert facts["config"]["hidden_size"] == 32
+
+
+def test_mistakes(cli: Cli, model: str, tmp_path: Path) -> None:
+    for args, message in (
+        ([], "required"),
+        (["fly"], "fly"),
+        (["generate", "a", "--frobnicate"], "--frobnicate"),
+        (["generate", "a", "--temp", "1"], "--temp"),
+        (["generate", "a", "-n", "many"], "-n/--max-tokens"),
+        (["generate", "a", "-m", model, "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "a", "-m", model, "--dtype", "int3"], "dtype is 'int3'"),
+        (["generate", "a", "-m", model, "--threads", "0"], "threads is 0"),
+        (["generate", "a", "-m", model, "--device", "abacus"], "abacus"),
+        (["generate", "a", "-m", model, "--draft", "ngram"], "not implemented"),
+        (["generate", "a", "-m", model, "--logit-bias", "x"], "--logit-bias x"),
+        (["generate", "a", "-m", model, "--logit-bias", "999=1"], "token id 999"),
+        (["generate", "a", "-m", model, "--logprobs", "1"], "--logprobs is for --json"),
+        (["generate", "a", "-m", str(tmp_path)], str(tmp_path)),
+        (["generate", "a", "-m", str(tmp_path / "none")], "none"),
+        (["info", "-m", "/dev/null"], "/dev/null"),
+        (["tokenize", "a", "-m", str(tmp_path)], str(tmp_path)),
+    ):
+        fails(cli(*args), message)
+
+
+def test_help_and_version(cli: Cli) -> None:
+    assert cli("--version") == (0, f"pronghorn {__version__}\n", "")
+    status, out, _ = cli("--help")
+    assert status == 0
+    assert all(name in out for name in ("generate", "chat", "tokenize", "info", "pull"))
+    status, out, _ = cli("generate", "--help")
+    options = (
+        "-m -n --temperature --top-k --top-p --min-p --seed --dtype --kv-dtype --threads --no-cache --draft --stop "
+    )
+    assert all(option in out for option in (options + "--ignore-eos --device --json").split())
+
+
+def start(*args: str, **options: Any) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.Popen([*COMMAND, *args], env=environment, stderr=subprocess.PIPE, **options)
+
+
+ENDLESS = ("-n", "3900", "--ignore-eos", "--temperature", "1", "--seed", "1")
+
+
+def test_text_comes_as_it_is_made_and_ctrl_c_ends_it(model: str) -> None:
+    process = start("generate", "hello", "-m", model, *ENDLESS, "--device", "reference", stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, b"pronghorn: interrupted\n")
+
+
+def test_ctrl_c_in_a_long_prompt(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native step that runs is waited for, and not one more."""
+    slow = save_tiny(tmp_path / "slow", max_position_embeddings=100_000)
+    steps = 0
+    step = Engine.step
+
+    def counted(engine: Engine) -> list[Request]:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            threading.Timer(0.001, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    assert cli("generate", "a" * 90_000, "-m", str(slow)) == (130, "\n", "pronghorn: interrupted\n")
+    assert 3 <= steps < 50
+
+
+def test_a_closed_pipe_is_no_traceback(model: str) -> None:
+    process = start("generate", "hello", "-m", model, *ENDLESS, stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=60), err) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_line(model: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        process = start("generate", "hello", "-m", model, "-q", stdout=full)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert err.count(b"\n") == 1
+        assert b"No space left" in err
+
+
+def test_text_is_utf_8_in_any_locale(model: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "LC_ALL": "C"}
+    environment["PYTHONIOENCODING"] = "ascii"
+    args = [*COMMAND, "tokenize", "--decode", "-m", model, "--no-special", "--prompt-file", "-"]
+    with LLM(model) as llm:
+        ids = " ".join(map(str, llm.tokenizer.encode("é🙂")))
+    done = subprocess.run(args, env=environment, input=ids.encode(), capture_output=True, check=True)
+    assert done.stdout.decode() == "é🙂\n"
+
+
+def test_the_road_to_the_first_token_is_light(model: str) -> None:
+    """No module of weight: NumPy alone would take as long as all the rest."""
+    code = (
+        "import sys; from pronghorn.cli import main; status = main(sys.argv[1:]);"
+        "heavy = {'numpy', 'torch', 'asyncio', 'transformers', 'jinja2', 'tqdm', 'logging'} & set(sys.modules);"
+        "print(*heavy, file=sys.stderr); sys.exit(status)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    args = [sys.executable, "-c", code, "generate", "hello", "-q", "-n", "5", "-m", model]
+    done = subprocess.run(args, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == "\n"
+    code = "import sys; before = set(sys.modules); import pronghorn; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "pronghorn\n"
+
+
+@pytest.mark.parametrize("form", ["", "stories260K.gguf"])
+def test_golden(cli: Cli, test_data: Path, form: str) -> None:
+    """The characters of golden.txt that follow the prompt."""
+    stories = test_data / "models" / "stories260K"
+    golden = (stories / "golden.txt").read_text()
+    for more in ([], ["--no-cache"]):
+        status, out, _ = cli("generate", STORY, "-m", str(stories / form), "-n", "120", "--temperature", "0", *more)
+        assert status == 0
+        assert len(out) > 200
+        assert golden.startswith(STORY + out.removesuffix("\n"))
+
+
+def test_the_default_model_answers(cli: Cli, default_model: Path) -> None:
+    """Sensible English from SmolLM2."""
+    status, out, _ = cli("generate", "The capital of France is", "-n", "5")
+    assert status == 0
+    assert "Paris" in out
+    status, out, _ = cli("generate", "--chat", "Why is the sky blue?", "-n", "60")
+    assert status == 0
+    assert "scatter" in out or "light" in out
