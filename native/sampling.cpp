@@ -52,17 +52,19 @@ struct Noise {
   std::uint32_t word(i64 id) const {
     return philox({static_cast<std::uint32_t>(id / 4), position, 0, 0}, seed)[static_cast<std::size_t>(id % 4)];
   }
-  // The words of tokens 4 * first and on: token 4 * (first + i) + j has [j][i].
-  static constexpr int kBlocks = 64;
-  void words(i64 first, std::uint32_t (&c)[4][kBlocks]) const {
-    for (int i = 0; i < kBlocks; ++i)
-      c[0][i] = static_cast<std::uint32_t>(first + i), c[1][i] = position, c[2][i] = c[3][i] = 0;
+  // The words of tokens [first, first + kTokens), where first is a multiple of 4.
+  static constexpr int kTokens = 256;
+  void words(i64 first, std::uint32_t* words) const {
+    std::uint32_t c[4][kTokens / 4];
+    for (int i = 0; i < kTokens / 4; ++i)
+      c[0][i] = static_cast<std::uint32_t>(first / 4 + i), c[1][i] = position, c[2][i] = c[3][i] = 0;
     scramble(c, seed);
+    for (int i = 0; i < kTokens / 4; ++i)
+      for (int j = 0; j < 4; ++j) words[4 * i + j] = c[j][i];
   }
   static double value(std::uint32_t word) { return -std::log(-std::log((word + 0.5) * 0x1p-32)); }
-  // value(word) is less: -log u >= 1 - u > 2^-(k+1) for a word of k leading ones. No word exceeds kLargest.
+  // value(word) is less: -log u >= 1 - u > 2^-(k+1) for a word of k leading ones.
   static double bound(std::uint32_t word) { return (std::countl_one(word) + 1) * kLn2; }
-  static constexpr double kLargest = 33 * kLn2;
 };
 
 // The arg max of (logit / temperature + noise); of equal scores the lowest id.
@@ -78,22 +80,30 @@ struct Race {
     if (score > best || (score == best && id < winner)) best = score, winner = id;
   }
   void enter(const float* logits, i64 id) { enter(id, logits[id] * scale, noise.word(id)); }
-  // All tokens of at least `least`.
+  // All tokens of at least `least`, once the likeliest has entered. What is done for every token is done in lanes.
   void enter_all(const float* logits, i64 n, float least) {
-    constexpr i64 kTokens = 4 * Noise::kBlocks;
-    std::uint32_t words[4][Noise::kBlocks];
-    for (i64 begin = 0; begin < n; begin += kTokens) {
-      const i64 end = std::min(begin + kTokens, n);
-      // Below this, with a margin for its rounding, not even the largest noise would do.
-      const double hopeless = (best - Noise::kLargest) / scale;
-      const float bar = std::max(least, static_cast<float>(hopeless - std::abs(hopeless) * 1e-6));
-      int any = 0;
-      for (i64 id = begin; id < end; ++id) any |= logits[id] >= bar;
-      if (!any) continue;
-      noise.words(begin / 4, words);
-      for (i64 id = begin; id < end; ++id)
-        if (logits[id] >= bar) enter(id, logits[id] * scale, words[id % 4][(id - begin) / 4]);
+    std::uint32_t words[Noise::kTokens];
+    for (i64 begin = 0; begin < n; begin += Noise::kTokens) {
+      const i64 count = std::min<i64>(Noise::kTokens, n - begin);
+      const float top = largest_value(logits + begin, count);
+      // Of these, none wins but with 1 - u <= exp(top's z - best), as -log u >= 1 - u; rounding gets a margin.
+      const double chance = std::exp(top * scale - best + 1e-9 + 1e-14 * std::abs(best));
+      if (top < least || chance < 0x1p-33) continue;
+      noise.words(begin, words);
+      const double enough = std::max(0.0, (1 - chance) * 0x1p32 - 1);
+      const auto least_word = static_cast<std::uint32_t>(enough);
+      for (i64 i = 0; i < count; ++i)
+        if (words[i] >= least_word && logits[begin + i] >= least) enter(begin + i, logits[begin + i] * scale, words[i]);
     }
+  }
+
+ private:
+  // By way of integers of the same order: vectors of floats have no maximum that minds NaN.
+  static float largest_value(const float* x, i64 n) {
+    const auto flip = [](std::int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+    std::int32_t largest = std::numeric_limits<std::int32_t>::min();
+    for (i64 i = 0; i < n; ++i) largest = std::max(largest, flip(std::bit_cast<std::int32_t>(x[i])));
+    return std::bit_cast<float>(flip(largest));
   }
 };
 

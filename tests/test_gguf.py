@@ -13,6 +13,7 @@ import pytest
 
 from pronghorn import _native
 from pronghorn.errors import CheckpointError
+from pronghorn.models import model_for
 from pronghorn.weights import open_checkpoint
 from pronghorn.weights.gguf import BLOCKS
 
@@ -269,8 +270,10 @@ def test_llama_options(opened: Any) -> None:
         ("blk.0.attn_q.bias", (8,), 0, 224),
         ("rope_freqs.weight", (3,), 0, 256),
     ]
-    checkpoint = opened(build(LLAMA | keys, tensors, 288))
+    factors = struct.pack("<3f", 1.0, 2.5, 8.0)
+    checkpoint = opened(build(LLAMA | keys, tensors, bytes(256) + factors + bytes(20)))
     expected = {
+        "rope_factors": [1.0, 2.5, 8.0],
         "model_type": "mistral",
         "num_key_value_heads": 1,
         "head_dim": 6,
@@ -285,8 +288,11 @@ def test_llama_options(opened: Any) -> None:
     assert set(checkpoint.tensors) == {
         "lm_head.weight",
         "model.layers.0.self_attn.q_proj.bias",
-        "rope_freqs.weight",
     }
+    rope = model_for(checkpoint.config | {"model_type": "llama", "sliding_window": None}).config.attention[0].rope
+    plain = [500000.0 ** (-2 * i / 6) for i in range(3)]
+    assert rope.frequencies == pytest.approx([f / by for f, by in zip(plain, (1.0, 2.5, 8.0), strict=True)])
+    assert rope.interleaved
 
 
 SCALING = "llama.rope.scaling."

@@ -59,22 +59,34 @@ class Report {
   void fail(const std::string& what) {
     if (++failures_ <= 8) std::printf("FAILED %s on %s: %s\n", test_, isa_, what.c_str());
   }
-  bool expect(bool ok, const std::string& what) {
+  // Where it happened is a string, or a function that makes one: most checks pass, and need none.
+  template <typename Where>
+  bool expect(bool ok, const Where& where) {
     ++checks_;
-    if (!ok) fail(what);
+    if (!ok) fail(text(where));
     return ok;
   }
   // A NaN equals any NaN; nothing else is forgiven beyond the tolerance.
-  bool near(double got, double want, double tolerance, const std::string& where) {
+  template <typename Where>
+  bool near(double got, double want, double tolerance, const Where& where) {
     ++checks_;
     const bool ok = std::isnan(want) ? std::isnan(got) : got == want || std::fabs(got - want) <= tolerance;
-    if (!ok) fail(say("%s: %.9g, not %.9g (tolerance %.3g)", where.c_str(), got, want, tolerance));
+    if (!ok) fail(say("%s: %.9g, not %.9g (tolerance %.3g)", text(where).c_str(), got, want, tolerance));
     return ok;
   }
   long checks() const { return checks_; }
   int failures() const { return failures_; }
 
  private:
+  template <typename Where>
+  static std::string text(const Where& where) {
+    if constexpr (std::is_invocable_v<Where>) {
+      return where();
+    } else {
+      return where;
+    }
+  }
+
   const char *test_, *isa_;
   long checks_ = 0;
   int failures_ = 0;
@@ -280,10 +292,10 @@ class Problem {
         double tolerance = 0;
         const double want = expected(r, o, &tolerance);
         wrong += !report.near(double{whole[r * y_stride_ + o]}, want, tolerance,
-                              say("%s row %lld output %lld", what.c_str(), (long long)r, (long long)o));
+                              [&] { return say("%s row %lld output %lld", what.c_str(), (long long)r, (long long)o); });
       }
       for (i64 o = n_out_; o < y_stride_; ++o)
-        wrong += !report.expect(whole.untouched(r * y_stride_ + o), what + ": wrote between the rows");
+        wrong += !report.expect(whole.untouched(r * y_stride_ + o), [&] { return what + ": wrote between the rows"; });
     }
     // One answer: the outputs cut in two, and rows alone or in another batch.
     Floats parts(n_rows_ * y_stride_, Role::output, random_.in(0, 3));
@@ -294,8 +306,10 @@ class Problem {
       if (cut) run(kernels, parts, first, last, 0, cut);
       if (cut < n_out_) run(kernels, parts, first, last, cut, n_out_);
     }
-    report.expect(parts.same_bits(whole), say("%s: not the same in rows [0,%lld) [%lld] and outputs [0,%lld)", what.c_str(),
-                                              (long long)row, (long long)row, (long long)cut));
+    report.expect(parts.same_bits(whole), [&] {
+      return say("%s: not the same in rows [0,%lld) [%lld] and outputs [0,%lld)", what.c_str(), (long long)row,
+                 (long long)row, (long long)cut);
+    });
   }
 
   std::string describe() const {
@@ -303,7 +317,9 @@ class Problem {
                kOrderNames[int(shape_.order)], shape_.symmetric ? " symmetric" : "", (long long)shape_.group,
                kDataNames[int(data_)], (long long)n_in_, (long long)n_out_, (long long)n_rows_,
                kActivationNames[int(activation_)], has_bias_ ? " bias" : "",
-               residual_kind_ == Residual::none ? "" : residual_kind_ == Residual::apart ? " residual" : " in place");
+               residual_kind_ == Residual::none    ? ""
+               : residual_kind_ == Residual::apart ? " residual"
+                                                   : " in place");
   }
 
  private:
@@ -330,7 +346,8 @@ class Problem {
         if (shape_.format == Format::bf16) {
           w = data_ == Data::special ? special_bfloat(random_) : twin::to_bfloat(real());
         } else if (data_ == Data::exact) {  // an integer from 1 to 8, or its negative
-          w = static_cast<std::uint16_t>(random_.in(0, 1) << 15 | random_.pick<int>({0x3C00, 0x4000, 0x4200, 0x4400, 0x4500, 0x4800}));
+          w = static_cast<std::uint16_t>(random_.in(0, 1) << 15 |
+                                         random_.pick<int>({0x3C00, 0x4000, 0x4200, 0x4400, 0x4500, 0x4800}));
         } else {  // denormals included, no infinities
           w = static_cast<std::uint16_t>(random_.in(0, 1) << 15 | random_.in(0, 0x3C00));
         }
@@ -357,12 +374,14 @@ class Problem {
     for (i64 i = 0; i < n_out_ * n_groups; ++i) {
       // f16: 0.5, 1 and 2, or any from 2^-10 to 1; minima likewise, of either sign.
       const auto scale = [&] {
-        return static_cast<std::uint16_t>(data_ == Data::real ? random_.in(0x1400, 0x3C00) : random_.pick<i64>({0x3800, 0x3C00, 0x4000}));
+        return static_cast<std::uint16_t>(data_ == Data::real ? random_.in(0x1400, 0x3C00)
+                                                              : random_.pick<i64>({0x3800, 0x3C00, 0x4000}));
       };
       weights_.scales.push_back(scale());
       weights_.minima.push_back(static_cast<std::uint16_t>(scale() | random_.in(0, 1) << 15));
     }
-    for (i64 o = 0; o < n_out_; ++o) weights_.row_scales.push_back(data_ == Data::real ? random_.uniform() : random_.pick({0.5f, 1.f, 2.f}));
+    for (i64 o = 0; o < n_out_; ++o)
+      weights_.row_scales.push_back(data_ == Data::real ? random_.uniform() : random_.pick({0.5f, 1.f, 2.f}));
     for (i64 r = 0; r < n_rows_; ++r) {
       for (i64 i = 0; i < stride_; ++i) {
         i64 q = random_.in(-127, 127);
@@ -395,14 +414,17 @@ class Problem {
         for (i64 i = weights_.begin_of(g); i < weights_.begin_of(g + 1); ++i)
           products += i64{bytes_[r * stride_ + i]} * weights_.at(o, i);
         const double x_scale = double{scales_[static_cast<std::size_t>(r * n_groups + g)]};
-        const double terms[2] = {weights_.scale(o, g) * x_scale * static_cast<double>(products),
-                                 weights_.minimum(o, g) * x_scale * double(sums_[static_cast<std::size_t>(r * n_groups + g)])};
+        const double terms[2] = {
+            weights_.scale(o, g) * x_scale * static_cast<double>(products),
+            weights_.minimum(o, g) * x_scale * double(sums_[static_cast<std::size_t>(r * n_groups + g)])};
         total += terms[0] + terms[1];
         magnitude += std::fabs(terms[0]) + std::fabs(terms[1]);
       }
       // An integer above 2^24 is rounded when it is converted, even where the scales are powers of two.
       *error = data_ == Data::exact ? 0 : double(2 * n_groups + 6) * kUnit * magnitude;
-      return data_ == Data::extreme && n_groups == 1 && shape_.format == Format::int8 ? (*error = 0, double(float(total))) : total;
+      return data_ == Data::extreme && n_groups == 1 && shape_.format == Format::int8
+                 ? (*error = 0, double(float(total)))
+                 : total;
     }
     const i64 step = shape_.order == Order::out_in ? 1 : n_out_, at = shape_.order == Order::out_in ? o * n_in_ : o;
     if (shape_.format == Format::bf16) {
@@ -411,7 +433,8 @@ class Problem {
     }
     for (i64 i = 0; i < n_in_; ++i) {
       const i64 k = at + i * step;
-      const double term = double{x_[r * x_stride_ + i]} * (dense32_ ? double{(*dense32_)[k]} : twin::half((*dense16_)[k]));
+      const double term =
+          double{x_[r * x_stride_ + i]} * (dense32_ ? double{(*dense32_)[k]} : twin::half((*dense16_)[k]));
       total += term;
       magnitude += std::fabs(term);
     }
@@ -449,11 +472,11 @@ class Problem {
   Residual residual_kind_;
   bool has_bias_ = false, packed_, fused_ = true;
   i64 x_stride_, y_stride_, stride_;
-  Floats x_;                            // f32 and f16
-  Guarded<std::uint16_t> halves_;       // bf16
-  Guarded<std::int8_t> bytes_;          // int8 and int4
-  std::vector<float> scales_;           // [rows][n_groups]
-  std::vector<std::int32_t> sums_;      // [rows][n_groups]
+  Floats x_;                        // f32 and f16
+  Guarded<std::uint16_t> halves_;   // bf16
+  Guarded<std::int8_t> bytes_;      // int8 and int4
+  std::vector<float> scales_;       // [rows][n_groups]
+  std::vector<std::int32_t> sums_;  // [rows][n_groups]
   Floats bias_, residual_;
   std::unique_ptr<Floats> dense32_;
   std::unique_ptr<Guarded<std::uint16_t>> dense16_;
@@ -508,12 +531,14 @@ void test_quantize_rows(const Kernels& kernels, Report& report) {
     }
     Guarded<std::int8_t> values(n_rows * stride, Role::output), again(n_rows * stride, Role::output);
     Floats scales(n_rows * n_groups, Role::output, random.in(0, 3)), scales2(n_rows * n_groups, Role::output);
-    Guarded<std::int32_t> sums(n_rows * n_groups, Role::output, random.in(0, 3)), sums2(n_rows * n_groups, Role::output);
+    Guarded<std::int32_t> sums(n_rows * n_groups, Role::output, random.in(0, 3)),
+        sums2(n_rows * n_groups, Role::output);
     const auto run = [&](Guarded<std::int8_t>& v, Floats& s, Guarded<std::int32_t>& t, i64 begin, i64 end) {
       kernels.quantize_rows(x.data(), x_stride, n_in, group, v.data(), stride, s.data(), t.data(), begin, end);
     };
     run(values, scales, sums, 0, n_rows);
-    const std::string what = say("n_in %lld group %lld rows %lld", (long long)n_in, (long long)group, (long long)n_rows);
+    const std::string what =
+        say("n_in %lld group %lld rows %lld", (long long)n_in, (long long)group, (long long)n_rows);
     values.check_zones(report, what);
     scales.check_zones(report, what);
     sums.check_zones(report, what);
@@ -526,23 +551,25 @@ void test_quantize_rows(const Kernels& kernels, Report& report) {
         const double scale = double{scales[r * n_groups + g]};
         // 127 steps to the largest value; a group this side of the smallest normal may vanish, or keep a scale.
         const double tiny = largest < 0x1p-118 ? largest : 0;
-        report.near(scale, largest / 127, 3 * kUnit * largest / 127 + tiny, where + ", scale");
+        report.near(scale, largest / 127, 3 * kUnit * largest / 127 + tiny, [&] { return where + ", scale"; });
         std::int32_t sum = 0;
         for (i64 i = begin; i < end; ++i) {
           const int q = values[r * stride + i];
           sum += q;
           // Rounded to the nearest step; x / scale itself is known to 4 roundings of at most 127.
           report.near(q * scale, double{x[r * x_stride + i]}, scale * (0.5 + 127 * 4 * kUnit) + tiny, where);
-          report.expect(q >= -127 && q <= 127, where + ": -128");
+          report.expect(q >= -127 && q <= 127, [&] { return where + ": -128"; });
         }
-        report.expect(sums[r * n_groups + g] == sum, where + ": wrong sum");
+        report.expect(sums[r * n_groups + g] == sum, [&] { return where + ": wrong sum"; });
       }
-      for (i64 i = n_in; i < stride; ++i) report.expect(values[r * stride + i] == 0, what + ": padding is not zero");
+      for (i64 i = n_in; i < stride; ++i)
+        report.expect(values[r * stride + i] == 0, [&] { return what + ": padding is not zero"; });
     }
     const i64 cut = random.in(0, n_rows);
     run(again, scales2, sums2, 0, cut);
     run(again, scales2, sums2, cut, n_rows);
-    report.expect(again.same_bits(values) && scales2.same_bits(scales) && sums2.same_bits(sums), what + ": rows differ when alone");
+    report.expect(again.same_bits(values) && scales2.same_bits(scales) && sums2.same_bits(sums),
+                  [&] { return what + ": rows differ when alone"; });
   }
 }
 
@@ -554,7 +581,8 @@ void test_round_rows(const Kernels& kernels, Report& report) {
     Floats x(n_rows * x_stride, Role::input, random.in(0, 3));
     for (i64 r = 0; r < n_rows; ++r)
       for (i64 i = 0; i < n_in; ++i)  // any bits at all, or the middle between two bf16 values
-        x[r * x_stride + i] = twin::float_of_bits(static_cast<std::uint32_t>(random.bits()) & (random.in(0, 1) ? 0xFFFFFFFFu : 0xFFFF8000u));
+        x[r * x_stride + i] = twin::float_of_bits(static_cast<std::uint32_t>(random.bits()) &
+                                                  (random.in(0, 1) ? 0xFFFFFFFFu : 0xFFFF8000u));
     Guarded<std::uint16_t> whole(n_rows * stride, Role::output), parts(n_rows * stride, Role::output);
     kernels.round_rows(x.data(), x_stride, n_in, whole.data(), stride, 0, n_rows);
     const std::string what = say("n_in %lld rows %lld", (long long)n_in, (long long)n_rows);
@@ -565,11 +593,12 @@ void test_round_rows(const Kernels& kernels, Report& report) {
         const std::uint16_t got = whole[r * stride + i], want = twin::to_bfloat(value);
         // A denormal may be flushed here already: the product flushes it anyway.
         const bool flushed = (twin::bits_of(value) & 0x7F800000) == 0 && (got & 0x7FFF) == 0;
-        report.expect(got == want || flushed || (std::isnan(value) && std::isnan(twin::bfloat(got))),
-                      say("%s: %04x from %08x, not %04x", what.c_str(), got, twin::bits_of(value), want));
+        report.expect(got == want || flushed || (std::isnan(value) && std::isnan(twin::bfloat(got))), [&] {
+          return say("%s: %04x from %08x, not %04x", what.c_str(), got, twin::bits_of(value), want);
+        });
       }
     for (i64 r = n_rows; r-- > 0;) kernels.round_rows(x.data(), x_stride, n_in, parts.data(), stride, r, r + 1);
-    report.expect(parts.same_bits(whole), what + ": rows differ when alone");
+    report.expect(parts.same_bits(whole), [&] { return what + ": rows differ when alone"; });
   }
 }
 
@@ -578,7 +607,8 @@ void test_embed(const Kernels& kernels, Report& report) {
   for (const Shape& shape : shapes()) {
     if (shape.order == Order::in_out) continue;
     for (int trial = 0; trial < 120; ++trial) {
-      const i64 width = trial < 70 ? trial + 1 : random.pick<i64>({768, 1027, 160}), vocabulary = random.pick<i64>({1, 3, 50, 33});
+      const i64 width = trial < 70 ? trial + 1 : random.pick<i64>({768, 1027, 160}),
+                vocabulary = random.pick<i64>({1, 3, 50, 33});
       const i64 n_rows = random.in(1, 40), y_stride = width + random.in(0, 5);
       const bool add = random.in(0, 1) == 1;
       Quantized q{shape.format, vocabulary, width, shape.group, shape.symmetric, {}, {}, {}, {}};
@@ -594,10 +624,12 @@ void test_embed(const Kernels& kernels, Report& report) {
       } else if (shape.order == Order::out_in) {
         f16 = std::make_unique<Guarded<std::uint16_t>>(n, Role::input, shift);
         for (i64 i = 0; i < n; ++i)
-          (*f16)[i] = static_cast<std::uint16_t>(random.in(0, 1) << 15 | random.in(shape.format == Format::bf16 ? 0x80 : 0, 0x7BFF));
+          (*f16)[i] = static_cast<std::uint16_t>(random.in(0, 1) << 15 |
+                                                 random.in(shape.format == Format::bf16 ? 0x80 : 0, 0x7BFF));
         table.data = reinterpret_cast<const std::uint8_t*>(f16->data());
       } else {
-        for (i64 i = 0; i < n; ++i) q.q.push_back(static_cast<int>(shape.format == Format::int8 ? random.in(-128, 127) : random.in(0, 15)));
+        for (i64 i = 0; i < n; ++i)
+          q.q.push_back(static_cast<int>(shape.format == Format::int8 ? random.in(-128, 127) : random.in(0, 15)));
         for (i64 i = 0; i < vocabulary * q.n_groups(); ++i) {
           q.scales.push_back(static_cast<std::uint16_t>(random.in(0x0400, 0x3C00)));
           q.minima.push_back(static_cast<std::uint16_t>(random.in(0, 1) << 15 | random.in(0x0400, 0x3C00)));
@@ -610,7 +642,8 @@ void test_embed(const Kernels& kernels, Report& report) {
       }
       Guarded<std::int32_t> ids(n_rows);
       for (i64 r = 0; r < n_rows; ++r) ids[r] = static_cast<std::int32_t>(random.in(0, vocabulary - 1));
-      Floats whole(n_rows * y_stride, Role::output, random.in(0, 3)), parts(n_rows * y_stride, Role::output), before(n_rows * y_stride);
+      Floats whole(n_rows * y_stride, Role::output, random.in(0, 3)), parts(n_rows * y_stride, Role::output),
+          before(n_rows * y_stride);
       for (i64 r = 0; r < n_rows; ++r)
         for (i64 i = 0; i < width; ++i) {
           before[r * y_stride + i] = random.uniform();
@@ -618,10 +651,11 @@ void test_embed(const Kernels& kernels, Report& report) {
         }
       kernels.embed(table, ids.data(), whole.data(), y_stride, add, 0, n_rows);
       for (i64 r = n_rows; r-- > 0;) kernels.embed(table, ids.data(), parts.data(), y_stride, add, r, r + 1);
-      const std::string what = say("%s group %lld%s, width %lld vocabulary %lld%s", kFormatNames[int(shape.format)], (long long)shape.group,
-                                   shape.symmetric ? " symmetric" : "", (long long)width, (long long)vocabulary, add ? " add" : "");
+      const std::string what =
+          say("%s group %lld%s, width %lld vocabulary %lld%s", kFormatNames[int(shape.format)], (long long)shape.group,
+              shape.symmetric ? " symmetric" : "", (long long)width, (long long)vocabulary, add ? " add" : "");
       whole.check_zones(report, what);
-      report.expect(parts.same_bits(whole), what + ": rows differ when alone");
+      report.expect(parts.same_bits(whole), [&] { return what + ": rows differ when alone"; });
       for (i64 r = 0; r < n_rows; ++r) {
         for (i64 i = 0; i < width; ++i) {
           const i64 id = ids[r];
@@ -641,9 +675,12 @@ void test_embed(const Kernels& kernels, Report& report) {
             want += double{before[r * y_stride + i]};
             tolerance += kUnit * std::fabs(want);
           }
-          if (!report.near(double{whole[r * y_stride + i]}, want, tolerance, say("%s, row %lld value %lld", what.c_str(), (long long)r, (long long)i))) break;
+          if (!report.near(double{whole[r * y_stride + i]}, want, tolerance,
+                           [&] { return say("%s, row %lld value %lld", what.c_str(), (long long)r, (long long)i); }))
+            break;
         }
-        for (i64 i = width; i < y_stride; ++i) report.expect(whole.untouched(r * y_stride + i), what + ": wrote between the rows");
+        for (i64 i = width; i < y_stride; ++i)
+          report.expect(whole.untouched(r * y_stride + i), [&] { return what + ": wrote between the rows"; });
       }
     }
   }
@@ -659,9 +696,10 @@ void whole_and_alone(Report& report, const std::string& what, Floats& y, i64 n_r
   for (i64 r = n_rows; r-- > 0;) run(alone.data(), r, r + 1);
   y.check_zones(report, what);
   alone.check_zones(report, what);
-  report.expect(alone.same_bits(y), what + ": rows differ when alone");
+  report.expect(alone.same_bits(y), [&] { return what + ": rows differ when alone"; });
   for (i64 r = 0; r < n_rows; ++r)
-    for (i64 i = width; i < y_stride; ++i) report.expect(y.untouched(r * y_stride + i), what + ": wrote between the rows");
+    for (i64 i = width; i < y_stride; ++i)
+      report.expect(y.untouched(r * y_stride + i), [&] { return what + ": wrote between the rows"; });
 }
 
 void test_layer_norm(const Kernels& kernels, Report& report) {
@@ -676,9 +714,11 @@ void test_layer_norm(const Kernels& kernels, Report& report) {
     for (i64 r = 0; r < n_rows; ++r)
       for (i64 i = 0; i < width; ++i) x[r * x_stride + i] = offset + random.uniform(3);
     for (i64 i = 0; i < width; ++i) weight[i] = random.uniform(2), bias[i] = random.uniform();
-    const std::string what = say("width %lld rows %lld offset %g%s", (long long)width, (long long)n_rows, double{offset}, has_bias ? " bias" : "");
+    const std::string what = say("width %lld rows %lld offset %g%s", (long long)width, (long long)n_rows,
+                                 double{offset}, has_bias ? " bias" : "");
     whole_and_alone(report, what, y, n_rows, width, y_stride, [&](float* out, i64 begin, i64 end) {
-      kernels.layer_norm(x.data(), x_stride, weight.data(), has_bias ? bias.data() : nullptr, eps, width, out, y_stride, begin, end);
+      kernels.layer_norm(x.data(), x_stride, weight.data(), has_bias ? bias.data() : nullptr, eps, width, out, y_stride,
+                         begin, end);
     });
     const double n = double(width);
     for (i64 r = 0; r < n_rows; ++r) {
@@ -694,8 +734,11 @@ void test_layer_norm(const Kernels& kernels, Report& report) {
       for (i64 i = 0; i < width; ++i) {
         const double centred = double{row[i]} - mean, w = double{weight[i]};
         const double want = centred / deviation * w + (has_bias ? double{bias[i]} : 0);
-        const double tolerance = std::fabs(w) / deviation * (mean_error + std::fabs(centred) * relative) + 2 * kUnit * (std::fabs(want) + std::fabs(double{bias[i]}));
-        if (!report.near(double{y[r * y_stride + i]}, want, tolerance, say("%s, row %lld value %lld", what.c_str(), (long long)r, (long long)i))) break;
+        const double tolerance = std::fabs(w) / deviation * (mean_error + std::fabs(centred) * relative) +
+                                 2 * kUnit * (std::fabs(want) + std::fabs(double{bias[i]}));
+        if (!report.near(double{y[r * y_stride + i]}, want, tolerance,
+                         [&] { return say("%s, row %lld value %lld", what.c_str(), (long long)r, (long long)i); }))
+          break;
       }
     }
   }
@@ -704,7 +747,8 @@ void test_layer_norm(const Kernels& kernels, Report& report) {
 void test_rms_norm(const Kernels& kernels, Report& report) {
   Random random(22);
   for (int trial = 0; trial < 200; ++trial) {
-    const i64 width = trial < 130 ? trial + 1 : random.pick<i64>({576, 2048, 4099}), runs = random.in(1, 4), n_rows = random.in(1, 6);
+    const i64 width = trial < 130 ? trial + 1 : random.pick<i64>({576, 2048, 4099}), runs = random.in(1, 4),
+              n_rows = random.in(1, 6);
     const i64 all = width * runs, x_stride = all + random.in(0, 3), y_stride = all + random.in(0, 3);
     const float eps = random.pick({1e-5f, 1e-6f});
     Floats x(n_rows * x_stride, Role::input, random.in(0, 3)), weight(width, Role::input, random.in(0, 3));
@@ -712,7 +756,8 @@ void test_rms_norm(const Kernels& kernels, Report& report) {
     for (i64 r = 0; r < n_rows; ++r)
       for (i64 i = 0; i < all; ++i) x[r * x_stride + i] = random.uniform(3);
     for (i64 i = 0; i < width; ++i) weight[i] = random.uniform(2);
-    const std::string what = say("width %lld runs %lld rows %lld", (long long)width, (long long)runs, (long long)n_rows);
+    const std::string what =
+        say("width %lld runs %lld rows %lld", (long long)width, (long long)runs, (long long)n_rows);
     whole_and_alone(report, what, y, n_rows, all, y_stride, [&](float* out, i64 begin, i64 end) {
       kernels.rms_norm(x.data(), x_stride, weight.data(), eps, width, runs, out, y_stride, begin, end);
     });
@@ -725,7 +770,11 @@ void test_rms_norm(const Kernels& kernels, Report& report) {
         for (i64 i = 0; i < width; ++i) {
           const double want = double{row[i]} / root * double{weight[i]};
           const double tolerance = (double(width + 2) / 2 + 8) * kUnit * std::fabs(want);
-          if (!report.near(double{y[r * y_stride + run * width + i]}, want, tolerance, say("%s, row %lld run %lld value %lld", what.c_str(), (long long)r, (long long)run, (long long)i))) break;
+          if (!report.near(double{y[r * y_stride + run * width + i]}, want, tolerance, [&] {
+                return say("%s, row %lld run %lld value %lld", what.c_str(), (long long)r, (long long)run,
+                           (long long)i);
+              }))
+            break;
         }
       }
   }
@@ -733,20 +782,25 @@ void test_rms_norm(const Kernels& kernels, Report& report) {
 
 void test_gate_and_add(const Kernels& kernels, Report& report) {
   Random random(23);
-  const Activation activations[] = {Activation::none, Activation::gelu, Activation::gelu_new, Activation::silu, Activation::relu};
+  const Activation activations[] = {Activation::none, Activation::gelu, Activation::gelu_new, Activation::silu,
+                                    Activation::relu};
   for (int trial = 0; trial < 300; ++trial) {
     const i64 width = trial < 130 ? trial + 1 : random.pick<i64>({1536, 3072, 4099}), n_rows = random.in(1, 6);
-    const i64 a_stride = width + random.in(0, 3), b_stride = width + random.in(0, 3), y_stride = width + random.in(0, 3);
+    const i64 a_stride = width + random.in(0, 3), b_stride = width + random.in(0, 3),
+              y_stride = width + random.in(0, 3);
     const Activation activation = activations[trial % 5];
     Floats a(n_rows * a_stride, Role::input, random.in(0, 3)), b(n_rows * b_stride, Role::input, random.in(0, 3));
     Floats y(n_rows * y_stride, Role::output, random.in(0, 3)), sum(n_rows * y_stride, Role::output, random.in(0, 3));
     const bool hard = random.in(0, 3) == 0;  // far out, where exp over- and underflows
     for (i64 r = 0; r < n_rows; ++r)
       for (i64 i = 0; i < width; ++i) {
-        a[r * a_stride + i] = hard ? random.pick({0.f, -0.f, 40.f, -40.f, 88.f, -88.f, 104.f, -104.f, 3e4f, -3e4f, 3e30f, -3e30f, 1e-20f, INFINITY, NAN}) : random.uniform(8);
+        a[r * a_stride + i] = hard ? random.pick({0.f, -0.f, 40.f, -40.f, 88.f, -88.f, 104.f, -104.f, 3e4f, -3e4f,
+                                                  3e30f, -3e30f, 1e-20f, INFINITY, NAN})
+                                   : random.uniform(8);
         b[r * b_stride + i] = random.uniform(2);
       }
-    const std::string what = say("%s, width %lld rows %lld", kActivationNames[int(activation)], (long long)width, (long long)n_rows);
+    const std::string what =
+        say("%s, width %lld rows %lld", kActivationNames[int(activation)], (long long)width, (long long)n_rows);
     whole_and_alone(report, "gate " + what, y, n_rows, width, y_stride, [&](float* out, i64 begin, i64 end) {
       kernels.gate(a.data(), a_stride, b.data(), b_stride, activation, width, out, y_stride, begin, end);
     });
@@ -757,11 +811,14 @@ void test_gate_and_add(const Kernels& kernels, Report& report) {
       for (i64 i = 0; i < width; ++i) {
         const double gate = double{a[r * a_stride + i]}, up = double{b[r * b_stride + i]};
         const std::string where = say("%s: gate %g up %g", what.c_str(), gate, up);
-        report.near(double{sum[r * y_stride + i]}, double{a[r * a_stride + i] + b[r * b_stride + i]}, 0, "add " + where);
+        report.near(double{sum[r * y_stride + i]}, double{a[r * a_stride + i] + b[r * b_stride + i]}, 0,
+                    [&] { return "add " + where; });
         if (activation == Activation::relu && std::isnan(gate)) continue;  // 0 or NaN
         const double active = twin::activate(activation, gate);
-        const double tolerance = std::fabs(up) * (twin::activation_error(activation, gate, 0) + kUnit * std::fabs(active));
-        report.near(double{y[r * y_stride + i]}, double{float(active * up)}, std::isinf(gate) ? 0 : tolerance, "gate " + where);
+        const double tolerance =
+            std::fabs(up) * (twin::activation_error(activation, gate, 0) + kUnit * std::fabs(active));
+        report.near(double{y[r * y_stride + i]}, double{float(active * up)}, std::isinf(gate) ? 0 : tolerance,
+                    [&] { return "gate " + where; });
       }
   }
 }
@@ -771,32 +828,41 @@ void test_gate_and_add(const Kernels& kernels, Report& report) {
 void test_rotate(const Kernels& kernels, Report& report) {
   Random random(31);
   for (int trial = 0; trial < 260; ++trial) {
-    const i64 head_dim = trial < 130 ? trial + 1 : random.pick<i64>({10, 16, 64, 80, 128}), n_heads = random.in(1, 5), n_rows = random.in(1, 9);
-    const i64 stride = n_heads * head_dim + random.in(0, 3), n_pairs = random.in(0, 2) ? head_dim / 2 : random.in(0, head_dim / 2);
+    const i64 head_dim = trial < 130 ? trial + 1 : random.pick<i64>({10, 16, 64, 80, 128}), n_heads = random.in(1, 5),
+              n_rows = random.in(1, 9);
+    const i64 stride = n_heads * head_dim + random.in(0, 3),
+              n_pairs = random.in(0, 2) ? head_dim / 2 : random.in(0, head_dim / 2);
     const bool interleaved = random.in(0, 1) == 1;
     Floats cosines(n_rows * n_pairs), sines(n_rows * n_pairs), x(n_rows * stride, Role::output, random.in(0, 3));
     Floats before(n_rows * stride), alone(n_rows * stride, Role::output, 1);
     for (i64 i = 0; i < n_rows * n_pairs; ++i) cosines[i] = random.uniform(), sines[i] = random.uniform();
     for (i64 r = 0; r < n_rows; ++r)
-      for (i64 i = 0; i < n_heads * head_dim; ++i) x[r * stride + i] = alone[r * stride + i] = before[r * stride + i] = random.uniform(3);
+      for (i64 i = 0; i < n_heads * head_dim; ++i)
+        x[r * stride + i] = alone[r * stride + i] = before[r * stride + i] = random.uniform(3);
     const Rotation rotation{n_pairs, interleaved, cosines.data(), sines.data()};
     kernels.rotate(rotation, x.data(), stride, n_heads, head_dim, 0, n_rows);
     for (i64 r = n_rows; r-- > 0;) kernels.rotate(rotation, alone.data(), stride, n_heads, head_dim, r, r + 1);
-    const std::string what = say("head_dim %lld pairs %lld heads %lld rows %lld%s", (long long)head_dim, (long long)n_pairs, (long long)n_heads, (long long)n_rows, interleaved ? " interleaved" : "");
+    const std::string what =
+        say("head_dim %lld pairs %lld heads %lld rows %lld%s", (long long)head_dim, (long long)n_pairs,
+            (long long)n_heads, (long long)n_rows, interleaved ? " interleaved" : "");
     x.check_zones(report, what);
-    report.expect(alone.same_bits(x), what + ": rows differ when alone");
+    report.expect(alone.same_bits(x), [&] { return what + ": rows differ when alone"; });
     for (i64 r = 0; r < n_rows; ++r) {
       for (i64 h = 0; h < n_heads; ++h) {
         const i64 head = r * stride + h * head_dim;
         for (i64 i = 0; i < n_pairs; ++i) {
           const i64 a = head + (interleaved ? 2 * i : i), b = head + (interleaved ? 2 * i + 1 : i + n_pairs);
-          const double c = double{cosines[r * n_pairs + i]}, s = double{sines[r * n_pairs + i]}, xa = double{before[a]}, xb = double{before[b]};
+          const double c = double{cosines[r * n_pairs + i]}, s = double{sines[r * n_pairs + i]}, xa = double{before[a]},
+                       xb = double{before[b]};
           report.near(double{x[a]}, xa * c - xb * s, 2 * kUnit * (std::fabs(xa * c) + std::fabs(xb * s)), what);
           report.near(double{x[b]}, xb * c + xa * s, 2 * kUnit * (std::fabs(xb * c) + std::fabs(xa * s)), what);
         }
-        for (i64 i = 2 * n_pairs; i < head_dim; ++i) report.expect(twin::bits_of(x[head + i]) == twin::bits_of(before[head + i]), what + ": changed a dimension that has no pair");
+        for (i64 i = 2 * n_pairs; i < head_dim; ++i)
+          report.expect(twin::bits_of(x[head + i]) == twin::bits_of(before[head + i]),
+                        [&] { return what + ": changed a dimension that has no pair"; });
       }
-      for (i64 i = n_heads * head_dim; i < stride; ++i) report.expect(x.untouched(r * stride + i), what + ": wrote between the rows");
+      for (i64 i = n_heads * head_dim; i < stride; ++i)
+        report.expect(x.untouched(r * stride + i), [&] { return what + ": wrote between the rows"; });
     }
   }
 }
@@ -853,7 +919,9 @@ class Cache {
 
  private:
   i64 bytes() const { return format_ == KvFormat::f32 ? 4 : 2; }
-  i64 page(i64 sequence, i64 position) const { return table_[static_cast<std::size_t>(sequence * width_ + position / kPage)]; }
+  i64 page(i64 sequence, i64 position) const {
+    return table_[static_cast<std::size_t>(sequence * width_ + position / kPage)];
+  }
 
   Random& random_;
   KvFormat format_;
@@ -895,7 +963,8 @@ void test_store_kv(const Kernels& kernels, Report& report) {
     const i64 cut = random.in(0, n);
     kernels.store_kv(got.layer(), rows, k.data(), k_stride, v.data(), v_stride, 0, cut);
     kernels.store_kv(got.layer(), rows, k.data(), k_stride, v.data(), v_stride, cut, n);
-    const std::string what = say("%s head_dim %lld kv_heads %lld rows %lld", format == KvFormat::f32 ? "f32" : "bf16", (long long)head_dim, (long long)n_kv_heads, (long long)n);
+    const std::string what = say("%s head_dim %lld kv_heads %lld rows %lld", format == KvFormat::f32 ? "f32" : "bf16",
+                                 (long long)head_dim, (long long)n_kv_heads, (long long)n);
     got.check_zones(report, what);
     i64 written = 0;
     for (i64 r = 0; r < n; ++r)
@@ -903,14 +972,16 @@ void test_store_kv(const Kernels& kernels, Report& report) {
         for (i64 d = 0; d < head_dim; ++d) {
           const auto stored = [&](float x) { return format == KvFormat::f32 ? x : twin::bfloat(twin::to_bfloat(x)); };
           const i64 s = batch.sequence[static_cast<std::size_t>(r)], p = batch.positions[static_cast<std::size_t>(r)];
-          report.near(double{got.get(true, got.key(s, p, h, d))}, double{stored(k[r * k_stride + h * head_dim + d])}, 0, what + " key");
-          report.near(double{got.get(false, got.value(s, p, h, d))}, double{stored(v[r * v_stride + h * head_dim + d])}, 0, what + " value");
+          report.near(double{got.get(true, got.key(s, p, h, d))}, double{stored(k[r * k_stride + h * head_dim + d])}, 0,
+                      [&] { return what + " key"; });
+          report.near(double{got.get(false, got.value(s, p, h, d))}, double{stored(v[r * v_stride + h * head_dim + d])},
+                      0, [&] { return what + " value"; });
           ++written;
         }
     for (bool keys : {true, false}) {
       i64 numbers = 0;
       for (i64 i = 0; i < got.size(); ++i) numbers += !std::isnan(got.get(keys, i));
-      report.expect(numbers == written, what + ": wrote where no token stands");
+      report.expect(numbers == written, [&] { return what + ": wrote where no token stands"; });
     }
   }
 }
@@ -918,7 +989,8 @@ void test_store_kv(const Kernels& kernels, Report& report) {
 void test_attend(const Kernels& kernels, Report& report) {
   Random random(33);
   for (int trial = 0; trial < 400; ++trial) {
-    const i64 head_dim = trial < 130 ? trial + 1 : random.pick<i64>({10, 16, 64, 80, 128}), n_kv_heads = random.in(1, 3);
+    const i64 head_dim = trial < 130 ? trial + 1 : random.pick<i64>({10, 16, 64, 80, 128}),
+              n_kv_heads = random.in(1, 3);
     const i64 share = random.pick<i64>({1, 1, 2, 3, 4, 7, 8}), n_heads = n_kv_heads * share;
     const KvFormat format = random.pick({KvFormat::f32, KvFormat::bf16});
     const i64 window = random.pick<i64>({0, 0, 1, 5, 32, 33, 100});
@@ -935,18 +1007,30 @@ void test_attend(const Kernels& kernels, Report& report) {
           }
     const i64 n = static_cast<i64>(batch.positions.size()), width = n_heads * head_dim;
     const i64 q_stride = width + random.in(0, 3), y_stride = width + random.in(0, 3);
-    Floats q(n * q_stride, Role::input, random.in(0, 3)), y(n * y_stride, Role::output, random.in(0, 3)), parts(n * y_stride, Role::output, 1);
+    Floats q(n * q_stride, Role::input, random.in(0, 3)), y(n * y_stride, Role::output, random.in(0, 3)),
+        parts(n * y_stride, Role::output, 1);
     for (i64 r = 0; r < n; ++r)
       for (i64 i = 0; i < width; ++i) q[r * q_stride + i] = even ? 0 : random.uniform(2);
     const float scale = random.pick({1.f, 0.125f, 1 / std::sqrt(static_cast<float>(head_dim))});
-    Attend attend{cache.rows(batch.positions, batch.sequence), q.data(), q_stride, cache.layer(), n_heads, scale, window, y.data(), y_stride};
+    Attend attend{cache.rows(batch.positions, batch.sequence),
+                  q.data(),
+                  q_stride,
+                  cache.layer(),
+                  n_heads,
+                  scale,
+                  window,
+                  y.data(),
+                  y_stride};
     kernels.attend(attend, 0, n * n_kv_heads, scratch());
-    const std::string what = say("%s head_dim %lld heads %lld/%lld rows %lld sequences %zu window %lld%s", format == KvFormat::f32 ? "f32" : "bf16", (long long)head_dim,
-                                 (long long)n_heads, (long long)n_kv_heads, (long long)n, batch.lengths.size(), (long long)window, even ? " even" : "");
+    const std::string what =
+        say("%s head_dim %lld heads %lld/%lld rows %lld sequences %zu window %lld%s",
+            format == KvFormat::f32 ? "f32" : "bf16", (long long)head_dim, (long long)n_heads, (long long)n_kv_heads,
+            (long long)n, batch.lengths.size(), (long long)window, even ? " even" : "");
     y.check_zones(report, what);
     bool good = true;
     for (i64 r = 0; r < n && good; ++r) {
-      const i64 s = batch.sequence[static_cast<std::size_t>(r)], p = batch.positions[static_cast<std::size_t>(r)], first = window ? std::max<i64>(0, p - window + 1) : 0;
+      const i64 s = batch.sequence[static_cast<std::size_t>(r)], p = batch.positions[static_cast<std::size_t>(r)],
+                first = window ? std::max<i64>(0, p - window + 1) : 0;
       for (i64 h = 0; h < n_heads && good; ++h) {
         const i64 kv = h / share, keys = p - first + 1;
         std::vector<double> weights;
@@ -954,7 +1038,8 @@ void test_attend(const Kernels& kernels, Report& report) {
         for (i64 j = first; j <= p; ++j) {
           double score = 0, size = 0;
           for (i64 d = 0; d < head_dim; ++d) {
-            const double term = double{q[r * q_stride + h * head_dim + d]} * double{cache.get(true, cache.key(s, j, kv, d))} * double{scale};
+            const double term = double{q[r * q_stride + h * head_dim + d]} *
+                                double{cache.get(true, cache.key(s, j, kv, d))} * double{scale};
             score += term;
             size += std::fabs(term);
           }
@@ -966,7 +1051,8 @@ void test_attend(const Kernels& kernels, Report& report) {
         for (i64 d = 0; d < head_dim && good; ++d) {
           double want = 0, size = 0;
           for (i64 j = first; j <= p; ++j) {
-            const double term = weights[static_cast<std::size_t>(j - first)] / total * double{cache.get(false, cache.value(s, j, kv, d))};
+            const double term = weights[static_cast<std::size_t>(j - first)] / total *
+                                double{cache.get(false, cache.value(s, j, kv, d))};
             want += term;
             size += std::fabs(term);
           }
@@ -975,33 +1061,42 @@ void test_attend(const Kernels& kernels, Report& report) {
           // every page's merge rescales both.
           const double relative = 4 * score_error + (2 * double(keys) + 8 * double(keys / kPage + 2) + 2 * 64) * kUnit;
           const bool exact = keys == 1 || (even && (keys & (keys - 1)) == 0);
-          good = report.near(double{y[r * y_stride + h * head_dim + d]}, want, exact ? 0 : relative * size,
-                             say("%s: position %lld head %lld value %lld%s", what.c_str(), (long long)p, (long long)h, (long long)d, exact ? " exact" : ""));
+          good = report.near(double{y[r * y_stride + h * head_dim + d]}, want, exact ? 0 : relative * size, [&] {
+            return say("%s: position %lld head %lld value %lld%s", what.c_str(), (long long)p, (long long)h,
+                       (long long)d, exact ? " exact" : "");
+          });
         }
       }
-      for (i64 i = width; i < y_stride; ++i) report.expect(y.untouched(r * y_stride + i), what + ": wrote between the rows");
+      for (i64 i = width; i < y_stride; ++i)
+        report.expect(y.untouched(r * y_stride + i), [&] { return what + ": wrote between the rows"; });
     }
     // One answer: items in two ranges; and a row alone in its batch, while all the others' queries are NaN.
     attend.y = parts.data();
     const i64 cut = random.in(0, n * n_kv_heads);
     kernels.attend(attend, 0, cut, scratch());
     kernels.attend(attend, cut, n * n_kv_heads, scratch());
-    report.expect(parts.same_bits(y), say("%s: differs in items [0,%lld)", what.c_str(), (long long)cut));
+    report.expect(parts.same_bits(y),
+                  [&] { return say("%s: differs in items [0,%lld)", what.c_str(), (long long)cut); });
     const i64 row = random.in(0, n - 1);
-    const auto same_row = [&](const float* alone) { return same_bits(alone, y.data() + row * y_stride, static_cast<std::size_t>(width)); };
+    const auto same_row = [&](const float* alone) {
+      return same_bits(alone, y.data() + row * y_stride, static_cast<std::size_t>(width));
+    };
     Floats alone(y_stride, Role::output, 2);
-    const std::vector<std::int32_t> position{batch.positions[static_cast<std::size_t>(row)]}, sequence{batch.sequence[static_cast<std::size_t>(row)]};
+    const std::vector<std::int32_t> position{batch.positions[static_cast<std::size_t>(row)]},
+        sequence{batch.sequence[static_cast<std::size_t>(row)]};
     Attend one = attend;
     one.rows = cache.rows(position, sequence);
     one.q = q.data() + row * q_stride;
     one.y = alone.data();
     kernels.attend(one, 0, n_kv_heads, scratch());
-    report.expect(same_row(alone.data()), say("%s: row %lld differs when alone", what.c_str(), (long long)row));
+    report.expect(same_row(alone.data()),
+                  [&] { return say("%s: row %lld differs when alone", what.c_str(), (long long)row); });
     for (i64 r = 0; r < n; ++r)
       for (i64 i = 0; i < width; ++i)
         if (r != row) q[r * q_stride + i] = NAN;
     kernels.attend(attend, 0, n * n_kv_heads, scratch());
-    report.expect(same_row(parts.data() + row * y_stride), say("%s: row %lld differs beside rows of NaN", what.c_str(), (long long)row));
+    report.expect(same_row(parts.data() + row * y_stride),
+                  [&] { return say("%s: row %lld differs beside rows of NaN", what.c_str(), (long long)row); });
   }
 }
 
@@ -1019,7 +1114,10 @@ void test_arg_max(const Kernels& kernels, Report& report) {
     for (i64 i = 1; i < n; ++i)
       if (x[i] > x[want]) want = i;
     const i64 got = kernels.arg_max(x.data(), n);
-    report.expect(got == want, say("n %lld, %lld levels from %g: %lld, not %lld", (long long)n, (long long)levels, double{low}, (long long)got, (long long)want));
+    report.expect(got == want, [&] {
+      return say("n %lld, %lld levels from %g: %lld, not %lld", (long long)n, (long long)levels, double{low},
+                 (long long)got, (long long)want);
+    });
   }
 }
 
@@ -1042,8 +1140,10 @@ void test_sum_exp(const Kernels& kernels, Report& report) {
       if (term > 0) error += term * (16 + 3 * std::fabs(power)) * kUnit;
     }
     // Terms known to a few roundings, summed in f32 within chunks. What underflows counts for nothing; ones are exact.
-    const double tolerance = spread == 0 ? 0 : error + double(std::min<i64>(n, 4096)) * kUnit * want + double(n) * 1e-37;
-    report.near(kernels.sum_exp(x.data(), n, shift, scale), want, tolerance, say("n %lld scale %g spread %g", (long long)n, double{scale}, double{spread}));
+    const double tolerance =
+        spread == 0 ? 0 : error + double(std::min<i64>(n, 4096)) * kUnit * want + double(n) * 1e-37;
+    report.near(kernels.sum_exp(x.data(), n, shift, scale), want, tolerance,
+                [&] { return say("n %lld scale %g spread %g", (long long)n, double{scale}, double{spread}); });
   }
 }
 
@@ -1054,35 +1154,45 @@ void test_pack(Report& report) {
   Pool pool(2);
   for (int trial = 0; trial < 400; ++trial) {
     const Shape shape = shapes()[static_cast<std::size_t>(6 + trial % 10)];
-    const i64 n_in = trial < 140 ? trial / 2 + 1 : random.pick<i64>({768, 1027, random.in(1, 600)}), n_out = random.in(1, 50);
+    const i64 n_in = trial < 140 ? trial / 2 + 1 : random.pick<i64>({768, 1027, random.in(1, 600)}),
+              n_out = random.in(1, 50);
     const bool transposed = random.in(0, 1) == 1;
-    const std::string what = say("%s group %lld%s, n_in %lld n_out %lld%s", kFormatNames[int(shape.format)], (long long)shape.group,
-                                 shape.symmetric ? " symmetric" : "", (long long)n_in, (long long)n_out, transposed ? " transposed" : "");
+    const std::string what =
+        say("%s group %lld%s, n_in %lld n_out %lld%s", kFormatNames[int(shape.format)], (long long)shape.group,
+            shape.symmetric ? " symmetric" : "", (long long)n_in, (long long)n_out, transposed ? " transposed" : "");
     Floats w(n_in * n_out, Role::input, random.in(0, 3));
     const float offset = random.pick({0.f, 0.f, 3.f, -3.f});
     for (i64 i = 0; i < w.size(); ++i) w[i] = random.in(0, 20) ? offset + random.uniform() : 0;
     Matrix matrix{nullptr, shape.format, Order::packed, n_out, n_in, shape.group, shape.symmetric};
     const i64 size = packed_size(shape.format, n_out, n_in, shape.group, shape.symmetric);
     Guarded<std::uint8_t> packed(size, Role::output);
-    pack({reinterpret_cast<const std::uint8_t*>(w.data()), "f32", n_out, n_in, transposed}, matrix, packed.data(), pool);
+    pack({reinterpret_cast<const std::uint8_t*>(w.data()), "f32", n_out, n_in, transposed}, matrix, packed.data(),
+         pool);
     packed.check_zones(report, what);
     const Quantized q = Quantized::unpacked(packed.data(), shape.format, n_out, n_in, shape.group, shape.symmetric);
-    report.expect(static_cast<i64>(q.packed().size()) == size - kSlack, what + ": another size than the layout's");
+    report.expect(static_cast<i64>(q.packed().size()) == size - kSlack,
+                  [&] { return what + ": another size than the layout's"; });
     for (i64 o = 0; o < n_out; ++o)
       for (i64 g = 0; g < q.n_groups(); ++g) {
         double low = 0, high = 0;  // zero is always within the range
         const auto at = [&](i64 i) { return double{w[transposed ? i * n_out + o : o * n_in + i]}; };
-        for (i64 i = q.begin_of(g); i < q.begin_of(g + 1); ++i) low = std::min(low, at(i)), high = std::max(high, at(i));
+        for (i64 i = q.begin_of(g); i < q.begin_of(g + 1); ++i)
+          low = std::min(low, at(i)), high = std::max(high, at(i));
         const double furthest = std::max(-low, high), steps = shape.format == Format::int8 ? 127 : 15;
-        const double want = shape.format == Format::int8 ? furthest / 127 : shape.symmetric ? furthest / 8 : (high - low) / 15;
+        const double want = shape.format == Format::int8 ? furthest / 127
+                            : shape.symmetric            ? furthest / 8
+                                                         : (high - low) / 15;
         const double half_error = shape.group ? 0x1p-11 : 3 * kUnit;  // rounding a scale or a minimum for storage
-        report.near(std::fabs(q.scale(o, g)), want, half_error * want + 0x1p-25, what + ", scale");
+        report.near(std::fabs(q.scale(o, g)), want, half_error * want + 0x1p-25, [&] { return what + ", scale"; });
         // A weight is within half a step of its code, but for what rounding the scale and the minimum cost; in a
         // symmetric group +8 is not a code, so that the largest of the other sign may be a whole step away.
-        const double step = std::fabs(q.scale(o, g)) * (shape.symmetric ? 1 : 0.5) + (steps * want + furthest) * half_error + 1e-6;
+        const double step =
+            std::fabs(q.scale(o, g)) * (shape.symmetric ? 1 : 0.5) + (steps * want + furthest) * half_error + 1e-6;
         for (i64 i = q.begin_of(g); i < q.begin_of(g + 1); ++i) {
           const double got = q.scale(o, g) * q.at(o, i) + q.minimum(o, g);
-          if (!report.near(got, at(i), step, say("%s, output %lld input %lld", what.c_str(), (long long)o, (long long)i))) break;
+          if (!report.near(got, at(i), step,
+                           [&] { return say("%s, output %lld input %lld", what.c_str(), (long long)o, (long long)i); }))
+            break;
         }
       }
   }
@@ -1102,7 +1212,8 @@ void test_pack(Report& report) {
     Matrix matrix{nullptr, shape.format, Order::packed, n_out, n_in, shape.group, shape.symmetric};
     Guarded<std::uint8_t> packed(packed_size(shape.format, n_out, n_in, 32, shape.symmetric), Role::output);
     const Source source{file.data(), name, n_out, n_in, false};
-    report.expect(packs_exactly(source, shape.format, 32, shape.symmetric), say("%s is not taken over", name));
+    report.expect(packs_exactly(source, shape.format, 32, shape.symmetric),
+                  [&] { return say("%s is not taken over", name); });
     pack(source, matrix, packed.data(), pool);
     const Quantized q = Quantized::unpacked(packed.data(), shape.format, n_out, n_in, 32, shape.symmetric);
     for (i64 o = 0; o < n_out; ++o)
@@ -1139,15 +1250,17 @@ void test_pool(Report& report) {
           pool.barrier();
         }
       });
-      report.expect(wrong == 0, say("%d threads, job %d: %d wrong reads", n, job, wrong.load()));
+      report.expect(wrong == 0, [&] { return say("%d threads, job %d: %d wrong reads", n, job, wrong.load()); });
     }
-    for (int c : calls) report.expect(c == kJobs, say("%d threads: a thread ran %d of %d jobs", n, c, kJobs));
+    for (int c : calls)
+      report.expect(c == kJobs, [&] { return say("%d threads: a thread ran %d of %d jobs", n, c, kJobs); });
     for (i64 items : {0, 1, 15, 16, 17, 1000})
       for (i64 unit : {1, 16}) {
         i64 end = 0;
         for (int thread = 0; thread < n; ++thread) {
           const Share share(items, unit, thread, n);
-          report.expect(share.begin == end && (share.begin % unit == 0 || share.begin == share.end), "shares overlap or leave a gap");
+          report.expect(share.begin == end && (share.begin % unit == 0 || share.begin == share.end),
+                        "shares overlap or leave a gap");
           end = share.end;
         }
         report.expect(end == items, "shares leave items");
@@ -1186,7 +1299,8 @@ void test_fork(Report& report) {
   }
   int status = 0;
   waitpid(child, &status, 0);
-  report.expect(WIFEXITED(status) && WEXITSTATUS(status) == 7, "a forked child is not told that its threads are missing");
+  report.expect(WIFEXITED(status) && WEXITSTATUS(status) == 7,
+                "a forked child is not told that its threads are missing");
   std::atomic<int> calls{0};
   pool->run([&](int) { ++calls; });
   report.expect(calls == 2, "the parent's pool is broken by a fork");
@@ -1277,7 +1391,8 @@ int main(int argc, char** argv) {
     }
     Report report(name, on);
     test(report);
-    if (report.failures()) std::printf("FAILED %s on %s: %d of %ld checks\n", name, on, report.failures(), report.checks());
+    if (report.failures())
+      std::printf("FAILED %s on %s: %d of %ld checks\n", name, on, report.failures(), report.checks());
     failures += report.failures() > 0;
     checks += report.checks();
   };

@@ -32,7 +32,9 @@ class Random {
   i64 in(i64 low, i64 high) {  // both included
     return low + static_cast<i64>(bits() % static_cast<std::uint64_t>(high - low + 1));
   }
-  float uniform(float scale = 1) { return scale * static_cast<float>(static_cast<double>(in(-1000000, 1000000)) * 1e-6); }
+  float uniform(float scale = 1) {
+    return scale * static_cast<float>(static_cast<double>(in(-1000000, 1000000)) * 1e-6);
+  }
   template <typename T>
   T pick(std::initializer_list<T> values) {
     return values.begin()[in(0, static_cast<i64>(values.size()) - 1)];
@@ -164,7 +166,8 @@ struct Quantized {
         for (i64 quad = 0; quad < n_in; quad += 4)
           for (i64 lane = 0; lane < 16; ++lane)
             for (i64 i = quad; i < quad + 4; ++i)
-              bytes.push_back(static_cast<std::uint8_t>(i < n_in ? (real(lane) ? at(panel + lane, i) + 128 : 255) : 128));
+              bytes.push_back(
+                  static_cast<std::uint8_t>(i < n_in ? (real(lane) ? at(panel + lane, i) + 128 : 255) : 128));
         continue;
       }
       if (!symmetric) table(minima);
@@ -205,7 +208,8 @@ struct Quantized {
       m.row_scales.push_back(scale);
       for (i64 g = 0; g < n_groups && group; ++g) {
         m.scales.push_back(half_at((g * 16 + lane) * 2));
-        m.minima.push_back(format == Format::int4 && !symmetric ? half_at(table + (g * 16 + lane) * 2) : std::uint16_t{0});
+        m.minima.push_back(format == Format::int4 && !symmetric ? half_at(table + (g * 16 + lane) * 2)
+                                                                : std::uint16_t{0});
       }
       for (i64 i = 0; i < n_in; ++i) {
         if (format == Format::int8) {

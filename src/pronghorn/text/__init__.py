@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pronghorn.text.tokenizer import Tokenizer
+    from pronghorn.text.tokenizer import Tokenizer as Tokenizer
     from pronghorn.weights import TokenizerSource
 
 __all__ = ["open_tokenizer"]

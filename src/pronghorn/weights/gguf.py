@@ -422,6 +422,10 @@ def _llama_config(keys: _Keys, arch: str, tensors: dict[str, Tensor]) -> dict[st
     if arch != "qwen2":  # whose biases are part of the architecture
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in tensors
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in tensors
+    if factors := tensors.pop("rope_freqs.weight", None):  # Llama 3.1's scaling, worked out by the converter
+        if factors.dtype != "f32":
+            fail(keys.metadata.path, f"tensor rope_freqs.weight: {factors.dtype} where f32 is expected")
+        config["rope_factors"] = factors.data.cast("f").tolist()
     if arch == "llama" and keys.has("attention.sliding_window"):
         config["model_type"] = "mistral"
         config["sliding_window"] = keys.take("attention.sliding_window", int)
