@@ -4,6 +4,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <memory>
 
 #include "bindings.h"
@@ -74,6 +75,19 @@ void bind_program(nb::module_& m) {
   nb::class_<Pool>(m, "Pool")
       .def(nb::init<int>(), nb::arg("threads"))
       .def_prop_ro("size", &Pool::size);
+
+  m.def("read_memory",
+        [](nb::handle data, Pool& pool) {
+          const Bytes bytes(data);
+          const nb::gil_scoped_release release;
+          std::atomic<std::uint64_t> sum{0};
+          pool.run([&](int thread) {
+            const Share share(bytes.size(), 4096, thread, pool.size());
+            sum += chosen_kernels().read(bytes.data() + share.begin, share.end - share.begin);
+          });
+          return sum.load();
+        },
+        nb::arg("data"), nb::arg("pool"));
 
   nb::class_<KvCache>(m, "KvCache")
       .def("__init__",

@@ -26,6 +26,8 @@ namespace pronghorn {
 namespace PRONGHORN_NAMESPACE {
 namespace {
 
+constexpr i64 kAhead = 4096;  // bytes from a load to what is fetched meanwhile; past the end, a prefetch does nothing
+
 inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 inline i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 
@@ -185,13 +187,10 @@ inline void load_pairs(const Matrix& w, i64 i, i64 o, I out[16]) {
     for (i64 r = 0; r < 16; r++) out[r] = r < outputs ? load_pairs_first(data + (o + r) * w.n_in + i, inputs) : zero_int();
     transpose(out);
   } else {
-    for (i64 j = 0; j < 16; j++) {
-      alignas(64) u16 pairs[32] = {};
-      for (i64 half = 0; half < 2 && 2 * j + half < inputs; half++) {
-        const u16* p = data + (i + 2 * j + half) * w.n_out + o;
-        for (i64 r = 0; r < outputs; r++) std::memcpy(&pairs[2 * r + half], p + r, 2);
-      }
-      std::memcpy(&out[j], pairs, sizeof pairs);
+    const u16* p = data + i * w.n_out + o;
+    for (i64 j = 0; j < 16; j++, p += 2 * w.n_out) {
+      const I even = load_halves_first(p, 2 * j < inputs ? outputs : 0);
+      out[j] = pair_halves(even, load_halves_first(p + w.n_out, 2 * j + 1 < inputs ? outputs : 0));
     }
   }
 }
@@ -292,60 +291,96 @@ void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
 
 // ---- int8 and int4 -----------------------------------------------------------------------------------------------
 
+enum class Kind { int8, int4, int4_symmetric };
+
+inline Kind kind_of(const Matrix& w) {
+  return w.format == Format::int8 ? Kind::int8 : w.symmetric ? Kind::int4_symmetric : Kind::int4;
+}
+template <Kind K>
+constexpr bool kNibbles = K != Kind::int8;
+// Inputs in a unit of 64 bytes of a panel.
+template <Kind K>
+constexpr i64 kUnit = kNibbles<K> ? 8 : 4;
+
 inline F load_scales(const Matrix& w, const u8* panel, i64 g) {
   return w.group == 0 ? load(reinterpret_cast<const float*>(panel)) : load_f16(panel + g * kPanel * 2);
 }
-
-// Adds one group's part to a row's sums: the integers `dots` (of stored weights, unsigned) and `sum` (of inputs).
-inline F add_group(const Matrix& w, F scales, F minima, I dots, float scale, i32 sum, F total) {
-  if (w.format == Format::int8)  // w = scale (stored - 128)
-    return fma(to_float(add_int(dots, set_int(-128 * sum))), scales * set(scale), total);
-  if (w.symmetric)  // w = scale (q - 8)
-    return fma(to_float(add_int(dots, set_int(-8 * sum))), scales * set(scale), total);
-  total = fma(to_float(dots), scales * set(scale), total);  // w = scale q + minimum
-  return fma(minima, set(scale * float(sum)), total);
+template <Kind K>
+inline F load_minima(const PanelLayout& layout, const u8* panel, i64 g) {
+  return K == Kind::int4 ? load_f16(panel + layout.minima + g * kPanel * 2) : zero();
 }
 
-// The integers of one group: R rows times the group's `n` units of 64 bytes, a unit being 4 inputs in 8 bits, or 8
-// inputs in 4 bits.
-template <bool Nibbles, int R>
+// What a group's integer sums start from, given the sum of its inputs: w = scale (stored - 128), or scale (q - 8).
+template <Kind K>
+inline I start_of(i32 sum) {
+  return K == Kind::int4 ? zero_int() : set_int((K == Kind::int8 ? -128 : -8) * sum);
+}
+// Adds one group's integer sums to the outputs' totals; for int4, w = scale q + minimum.
+template <Kind K>
+inline F add_group(F scales, F minima, I dots, float scale, i32 sum, F total) {
+  total = fma(to_float(dots), scales * set(scale), total);
+  return K == Kind::int4 ? fma(minima, set(scale) * to_float(set_int(sum)), total) : total;
+}
+
+// The integer sums of one group of U units (0: of n) for R rows, each from its start.
+template <Kind K, int R, int U>
 inline void group_dots(const u8* w, const std::int8_t* x, i64 x_stride, i64 n, I dots[R]) {
-  constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;  // integers may be added in any order
-  I sum[kChains][R];
-  for (auto& chain : sum)
-    for (I& s : chain) s = zero_int();
   const auto quad = [&](int r, i64 q) {
     i32 v;
     std::memcpy(&v, x + r * x_stride + 4 * q, 4);
     return v;
   };
-  const auto unit = [&](i64 u, int chain) {
+  const auto unit = [&](i64 u) {
+    if constexpr (R == 1) prefetch(w + 64 * u + kAhead);
     const Quads v = load_quads(w + 64 * u);
     for (int r = 0; r < R; r++) {
-      I& s = sum[chain][r];
-      if constexpr (Nibbles) {
-        s = dot(s, low_nibbles(v), quad(r, 2 * u));
-        s = dot(s, high_nibbles(v), quad(r, 2 * u + 1));
+      if constexpr (kNibbles<K>) {
+        dots[r] = dot(dots[r], low_nibbles(v), quad(r, 2 * u));
+        dots[r] = dot(dots[r], high_nibbles(v), quad(r, 2 * u + 1));
       } else {
-        s = dot(s, v, quad(r, u));
+        dots[r] = dot(dots[r], v, quad(r, u));
       }
     }
   };
-  i64 u = 0;
-  for (; u + kChains <= n; u += kChains)
-    for (int c = 0; c < kChains; c++) unit(u + c, c);
-  for (; u < n; u++) unit(u, 0);
-  for (int r = 0; r < R; r++) {
-    dots[r] = sum[0][r];
-    for (int c = 1; c < kChains; c++) dots[r] = add_int(dots[r], sum[c][r]);
+  if constexpr (U == 0) {
+    for (i64 u = 0; u < n; u++) unit(u);
+  } else {
+#pragma GCC unroll 16
+    for (i64 u = 0; u < U; u++) unit(u);
   }
 }
 
-template <bool Nibbles>
+template <Kind K, int R, int U>
+inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8* panel, i64 o, i64 n, i64 row) {
+  const Matrix& w = *l.w;
+  const i64 group = w.group ? w.group : round_up(w.n_in, 4);
+  const auto* x = static_cast<const std::int8_t*>(l.in.values) + row * l.in.stride;
+  const float* x_scales = l.in.scales + row * layout.n_groups;
+  const i32* x_sums = l.in.sums + row * layout.n_groups;
+  F total[R];
+  for (F& t : total) t = zero();
+  const auto add = [&](i64 g, i64 units, auto unrolled) {
+    I dots[R];
+    for (int r = 0; r < R; r++) dots[r] = start_of<K>(x_sums[r * layout.n_groups + g]);
+    const u8* values = panel + layout.values + g * (group / kUnit<K>) * 64;
+    group_dots<K, R, decltype(unrolled)::value>(values, x + g * group, l.in.stride, units, dots);
+    const F scales = load_scales(w, panel, g), minima = load_minima<K>(layout, panel, g);
+    for (int r = 0; r < R; r++) {
+      const i64 at = r * layout.n_groups + g;
+      total[r] = add_group<K>(scales, minima, dots[r], x_scales[at], x_sums[at], total[r]);
+    }
+  };
+  const i64 whole = w.group ? w.n_in / group : 0;
+  for (i64 g = 0; g < whole; g++) add(g, group / kUnit<K>, Count<U>{});
+  for (i64 g = whole; g < layout.n_groups; g++) add(g, div_up(w.n_in - g * group, kUnit<K>), Count<0>{});
+  for (int r = 0; r < R; r++) finish(l, row + r, o, n, total[r]);
+}
+
+template <Kind K>
 void linear_quantized(const Linear& l, i64 begin, i64 end) {
   const Matrix& w = *l.w;
   const PanelLayout layout = panel_layout(w.format, w.n_in, w.group, w.symmetric);
-  const i64 group = w.group ? w.group : round_up(w.n_in, 4), unit = Nibbles ? 8 : 4;
+  const i64 units = w.group / kUnit<K>;
   constexpr i64 kRows = 4;
   for (i64 o = begin; o < end; o += kPanel) {
     const u8* panel = w.data + o / kPanel * layout.size;
@@ -353,22 +388,11 @@ void linear_quantized(const Linear& l, i64 begin, i64 end) {
     for (i64 row = 0; row < l.n_rows; row += kRows) {
       with_count<kRows>(smaller(kRows, l.n_rows - row), [&](auto count) {
         constexpr int R = decltype(count)::value;
-        const auto* x = static_cast<const std::int8_t*>(l.in.values) + row * l.in.stride;
-        F total[R];
-        for (F& t : total) t = zero();
-        for (i64 g = 0; g < layout.n_groups; g++) {
-          const i64 inputs = smaller(group, w.n_in - g * group);
-          I dots[R];
-          group_dots<Nibbles, R>(panel + layout.values + g * (group / unit) * 64, x + g * group, l.in.stride,
-                                 div_up(inputs, unit), dots);
-          const F scales = load_scales(w, panel, g);
-          const F minima = Nibbles && !w.symmetric ? load_f16(panel + layout.minima + g * kPanel * 2) : zero();
-          for (int r = 0; r < R; r++) {
-            const i64 at = (row + r) * layout.n_groups + g;
-            total[r] = add_group(w, scales, minima, dots[r], l.in.scales[at], l.in.sums[at], total[r]);
-          }
-        }
-        for (int r = 0; r < R; r++) finish(l, row + r, o, n, total[r]);
+        // Groups of the usual sizes are unrolled.
+        if (units == 4) quantized_rows<K, R, 4>(l, layout, panel, o, n, row);
+        else if (units == 8) quantized_rows<K, R, 8>(l, layout, panel, o, n, row);
+        else if (units == 16) quantized_rows<K, R, 16>(l, layout, panel, o, n, row);
+        else quantized_rows<K, R, 0>(l, layout, panel, o, n, row);
       });
     }
   }
@@ -377,11 +401,11 @@ void linear_quantized(const Linear& l, i64 begin, i64 end) {
 #if PRONGHORN_ISA_amx
 
 // The same on tiles: 16 rows times one panel; integers are exact, so the result is the same to the bit.
-template <bool Nibbles>
+template <Kind K>
 void linear_quantized_tiles(const Linear& l, i64 begin, i64 end, void* scratch) {
   const Matrix& w = *l.w;
   const PanelLayout layout = panel_layout(w.format, w.n_in, w.group, w.symmetric);
-  const i64 group = w.group ? w.group : round_up(w.n_in, 4), unit = Nibbles ? 8 : 4;
+  const i64 group = w.group ? w.group : round_up(w.n_in, 4);
   const i64 step = smaller(64, group);  // inputs in a tile; zeros in x make what lies past a group's end vanish
   auto* totals = static_cast<float*>(scratch);               // [rows][kPanel]
   auto* unpacked = static_cast<u8*>(scratch) + kScratch / 2;  // a panel's group in 8 bits
@@ -401,8 +425,8 @@ void linear_quantized_tiles(const Linear& l, i64 begin, i64 end, void* scratch) 
       std::memset(totals, 0, size_t(n_rows * kPanel) * sizeof(float));
       for (i64 g = 0; g < layout.n_groups; g++) {
         const i64 inputs = smaller(group, w.n_in - g * group);
-        const u8* values = panel + layout.values + g * (group / unit) * 64;
-        if constexpr (Nibbles) {
+        const u8* values = panel + layout.values + g * (group / kUnit<K>) * 64;
+        if constexpr (kNibbles<K>) {
           for (i64 u = 0; u < div_up(inputs, 8); u++) {
             const Quads v = load_quads(values + 64 * u);
             store_quads(unpacked + 128 * u, low_nibbles(v));
@@ -410,8 +434,7 @@ void linear_quantized_tiles(const Linear& l, i64 begin, i64 end, void* scratch) 
           }
           values = unpacked;
         }
-        const F scales = load_scales(w, panel, g);
-        const F minima = Nibbles && !w.symmetric ? load_f16(panel + layout.minima + g * kPanel * 2) : zero();
+        const F scales = load_scales(w, panel, g), minima = load_minima<K>(layout, panel, g);
         for (i64 row = 0; row < n_rows; row += 32) {
           const bool two = row + 16 < n_rows;
           tile_zero<0>(), tile_zero<1>();
@@ -428,8 +451,8 @@ void linear_quantized_tiles(const Linear& l, i64 begin, i64 end, void* scratch) 
           for (i64 r = 0; r < smaller(32, n_rows - row); r++) {
             const i64 at = (first_row + row + r) * layout.n_groups + g;
             float* total = totals + (row + r) * kPanel;
-            store(total, add_group(w, scales, minima, load_int(dots[r / 16][r % 16]), l.in.scales[at], l.in.sums[at],
-                                   load(total)));
+            const I sums = add_int(load_int(dots[r / 16][r % 16]), start_of<K>(l.in.sums[at]));
+            store(total, add_group<K>(scales, minima, sums, l.in.scales[at], l.in.sums[at], load(total)));
           }
         }
       }
@@ -440,6 +463,14 @@ void linear_quantized_tiles(const Linear& l, i64 begin, i64 end, void* scratch) 
 }
 
 #endif
+
+template <Kind K>
+void linear_quantized_any(const Linear& l, i64 begin, i64 end, [[maybe_unused]] void* scratch) {
+#if PRONGHORN_ISA_amx
+  if (l.n_rows >= 4) return linear_quantized_tiles<K>(l, begin, end, scratch);
+#endif
+  linear_quantized<K>(l, begin, end);
+}
 
 void linear(const Linear& l, i64 begin, i64 end, void* scratch) {
   const bool in_out = l.w->order == Order::in_out;
@@ -455,14 +486,14 @@ void linear(const Linear& l, i64 begin, i64 end, void* scratch) {
     case Format::int4:
       break;
   }
-  const bool nibbles = l.w->format == Format::int4;
-#if PRONGHORN_ISA_amx
-  if (l.n_rows >= 4) {
-    return nibbles ? linear_quantized_tiles<true>(l, begin, end, scratch)
-                   : linear_quantized_tiles<false>(l, begin, end, scratch);
+  switch (kind_of(*l.w)) {
+    case Kind::int8:
+      return linear_quantized_any<Kind::int8>(l, begin, end, scratch);
+    case Kind::int4:
+      return linear_quantized_any<Kind::int4>(l, begin, end, scratch);
+    case Kind::int4_symmetric:
+      return linear_quantized_any<Kind::int4_symmetric>(l, begin, end, scratch);
   }
-#endif
-  return nibbles ? linear_quantized<true>(l, begin, end) : linear_quantized<false>(l, begin, end);
 }
 
 // ---- a linear's input in its weights' form -----------------------------------------------------------------------
@@ -809,6 +840,25 @@ double sum_exp(const float* x, i64 n, float shift, float scale) {
   return total;
 }
 
+std::uint64_t read(const void* p, i64 size) {
+  const auto* bytes = static_cast<const u8*>(p);
+  I sums[4] = {zero_int(), zero_int(), zero_int(), zero_int()};
+  i64 i = 0;
+  for (; i + 256 <= size; i += 256)
+    for (int k = 0; k < 4; k++) {
+      prefetch(bytes + i + 64 * k + kAhead);
+      sums[k] = add_int(sums[k], load_int(reinterpret_cast<const i32*>(bytes + i + 64 * k)));
+    }
+  std::uint64_t sum = 0;
+  for (; i < size; i++) sum += bytes[i];
+  alignas(64) i32 lanes[kLanes];
+  for (const I& s : sums) {
+    std::memcpy(lanes, &s, sizeof lanes);
+    for (const i32 lane : lanes) sum += u32(lane);
+  }
+  return sum;
+}
+
 }  // namespace
 
 extern const Kernels table;
@@ -827,6 +877,7 @@ const Kernels table = {
     attend,
     arg_max,
     sum_exp,
+    read,
 };
 
 }  // namespace PRONGHORN_NAMESPACE

@@ -159,6 +159,9 @@ struct Kernels {
   // For sampling: the largest value (ties: the lowest index), and the sum of exp(x - shift) in chunks fixed by n.
   i64 (*arg_max)(const float* x, i64 n);
   double (*sum_exp)(const float* x, i64 n, float shift, float scale);
+
+  // Reads `size` bytes as fast as the machine can: the ceiling that decoding is measured against.
+  std::uint64_t (*read)(const void* p, i64 size);
 };
 
 // The tables that this machine can run, best first, ended by null.

@@ -67,6 +67,14 @@ struct Noise {
   static double bound(std::uint32_t word) { return (std::countl_one(word) + 1) * kLn2; }
 };
 
+// The beginning of the order of tokens, likeliest first and of equals the lowest id: those before token `id` if it
+// has the logit `least`, all of at least that if id is the vocabulary's size.
+struct Range {
+  float least;
+  i64 id;
+  bool has(float logit, i64 i) const { return logit > least || (logit == least && i < id); }
+};
+
 // The arg max of (logit / temperature + noise); of equal scores the lowest id.
 struct Race {
   Noise noise;
@@ -74,26 +82,28 @@ struct Race {
   i64 winner = -1;
   double best = -std::numeric_limits<double>::infinity();
 
+  void restart() { best = -std::numeric_limits<double>::infinity(); }
   void enter(i64 id, double z, std::uint32_t word) {
     if (z + Noise::bound(word) < best) return;  // two logarithms saved, nearly always
     const double score = z + Noise::value(word);
     if (score > best || (score == best && id < winner)) best = score, winner = id;
   }
   void enter(const float* logits, i64 id) { enter(id, logits[id] * scale, noise.word(id)); }
-  // All tokens of at least `least`, once the likeliest has entered. What is done for every token is done in lanes.
-  void enter_all(const float* logits, i64 n, float least) {
+  // A range of all tokens, once the likeliest has entered. What is done for every token is done in lanes.
+  void enter_all(const float* logits, i64 n, Range range) {
     std::uint32_t words[Noise::kTokens];
     for (i64 begin = 0; begin < n; begin += Noise::kTokens) {
       const i64 count = std::min<i64>(Noise::kTokens, n - begin);
       const float top = largest_value(logits + begin, count);
       // Of these, none wins but with 1 - u <= exp(top's z - best), as -log u >= 1 - u; rounding gets a margin.
       const double chance = std::exp(top * scale - best + 1e-9 + 1e-14 * std::abs(best));
-      if (top < least || chance < 0x1p-33) continue;
+      if (top < range.least || chance < 0x1p-33) continue;
       noise.words(begin, words);
       const double enough = std::max(0.0, (1 - chance) * 0x1p32 - 1);
       const auto least_word = static_cast<std::uint32_t>(enough);
       for (i64 i = 0; i < count; ++i)
-        if (words[i] >= least_word && logits[begin + i] >= least) enter(begin + i, logits[begin + i] * scale, words[i]);
+        if (words[i] >= least_word && range.has(logits[begin + i], begin + i))
+          enter(begin + i, logits[begin + i] * scale, words[i]);
     }
   }
 
@@ -135,38 +145,12 @@ void largest(const float* logits, i64 n, i64 k, std::vector<std::int32_t>& ids) 
   std::sort_heap(ids.begin(), ids.end(), before);
 }
 
-// The shortest prefix of the descending ids with this mass; the number of ids and one more where they fall short.
-std::size_t prefix_of_mass(const float* logits, const std::vector<std::int32_t>& ids, float top, double scale,
-                           double mass) {
+// The mass of a range, where the likeliest token has 1.
+double mass_of(const float* logits, i64 n, Range range, float top, double scale) {
   double sum = 0;
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    sum += std::exp((logits[ids[i]] - top) * scale);
-    if (sum >= mass) return i + 1;
-  }
-  return ids.size() + 1;
-}
-
-// The smallest set of all tokens with mass top_p, in descending order.
-void nucleus(const float* logits, i64 n, float top, double scale, double top_p, std::vector<std::int32_t>& ids) {
-  const double mass = top_p * sum_exp(logits, n, top, static_cast<float>(scale));
-  // Only the likeliest are sorted; how far down they are sought does not change the result.
-  for (double reach = 4;; reach *= 1.5) {
-    ids.clear();
-    bool all = true;
-    double sum = 0;
-    for (i64 i = 0; i < n; ++i) {
-      const double z = (logits[i] - top) * scale;
-      if (z >= -reach)
-        ids.push_back(static_cast<std::int32_t>(i)), sum += std::exp(z);
-      else if (logits[i] != -kInf)
-        all = false;
-    }
-    if (sum < mass && !all) continue;
-    std::sort(ids.begin(), ids.end(), larger_first(logits));
-    const std::size_t count = prefix_of_mass(logits, ids, top, scale, mass);
-    if (count <= ids.size()) return ids.resize(count);
-    if (all) return;
-  }
+  for (i64 i = 0; i < n; ++i)
+    if (range.has(logits[i], i)) sum += std::exp((logits[i] - top) * scale);
+  return sum;
 }
 
 void check_id(std::int32_t id, i64 vocabulary) {
@@ -224,30 +208,33 @@ i64 choose(const Sampling& p, const float* raw, i64 n, const History& history) {
   if (p.temperature == 0) return first;
 
   const double scale = 1 / p.temperature;
-  // The likeliest token enters first: it sets a high bar for the others.
   Race race{{p.seed, static_cast<std::uint32_t>(history.n)}, scale};
-  race.enter(logits, first);
-  float least = p.min_p > 0 ? static_cast<float>(top + p.temperature * std::log(p.min_p)) : -kInf;
-  least = std::min(least, top);
-  const bool some = p.top_k > 0 && p.top_k < n;
-  if (!some && p.top_p >= 1) {
-    race.enter_all(logits, n, std::max(least, -std::numeric_limits<float>::max()));
+  Range range{-std::numeric_limits<float>::max(), n};
+  if (p.min_p > 0) range.least = std::min(top, static_cast<float>(top + p.temperature * std::log(p.min_p)));
+
+  if (p.top_k > 0 && p.top_k < n) {
+    std::vector<std::int32_t>& ids = scratch.ids;
+    largest(logits, n, p.top_k, ids);
+    double mass = 0, before = 0;
+    for (const std::int32_t id : ids) mass += std::exp((logits[id] - top) * scale);
+    for (const std::int32_t id : ids) {
+      if (!range.has(logits[id], id) || (p.top_p < 1 && before >= p.top_p * mass)) break;
+      before += std::exp((logits[id] - top) * scale);
+      race.enter(logits, id);
+    }
     return race.winner;
   }
-  std::vector<std::int32_t>& ids = scratch.ids;
-  if (some) {
-    largest(logits, n, p.top_k, ids);
-    if (p.top_p < 1) {
-      double sum = 0;
-      for (const std::int32_t id : ids) sum += std::exp((logits[id] - top) * scale);
-      ids.resize(std::min(ids.size(), prefix_of_mass(logits, ids, top, scale, p.top_p * sum)));
-    }
-  } else {
-    nucleus(logits, n, top, scale, p.top_p, ids);
+  // The winner of all is the winner of the likeliest, if it is one of them. If it is not, they all come before it.
+  const double mass = p.top_p < 1 ? p.top_p * sum_exp(logits, n, top, static_cast<float>(scale)) : 0;
+  for (;;) {
+    race.restart();
+    race.enter(logits, first);  // it sets a high bar for the others
+    race.enter_all(logits, n, range);
+    if (p.top_p >= 1 || race.winner == first) return race.winner;
+    const Range before{logits[race.winner], race.winner};
+    if (mass_of(logits, n, before, top, scale) < mass) return race.winner;
+    range = before;
   }
-  for (const std::int32_t id : ids)
-    if (logits[id] >= least && logits[id] != -kInf) race.enter(logits, id);
-  return race.winner;
 }
 
 std::vector<std::pair<i64, double>> log_probabilities(const float* logits, i64 n, i64 chosen, i64 n_top) {

@@ -97,6 +97,9 @@ inline I set_int(i32 a) { return _mm512_set1_epi32(a); }
 inline I shift_left_23(I a) { return _mm512_slli_epi32(a, 23); }
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline I load_int(const i32* p) { return _mm512_loadu_si512(p); }
+inline I load_halves_first(const void* p, i64 n) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline I pair_halves(I even, I odd) { return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 inline float lanes_sum(F v) {
   const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -224,6 +227,14 @@ inline I load_int(const i32* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+
+inline I load_halves_first(const void* p, i64 n) {
+  I v = {};
+  for (i64 i = 0; i < n; i++) v[i] = half_at(p, i);
+  return v;
+}
+inline I pair_halves(I even, I odd) { return even | odd << 16; }
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 inline float lanes_sum(F v) {
   for (int n = 8; n; n /= 2)

@@ -6,6 +6,8 @@ import doctest
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from pronghorn import (
     SamplingParams,
 )
 from pronghorn.engine import sampling
-from pronghorn.llm import TextStream, free_memory, pages_for
+from pronghorn.generation import TextStream
+from pronghorn.llm import free_memory, pages_for
 from tiny import BOS, EOS, STORY, save_tiny
 
 
@@ -337,6 +340,15 @@ def test_closed_and_forked(tiny: Path) -> None:
         llm.generate("a")
 
 
+def test_an_unknown_instruction_set_is_one_line(tiny: Path) -> None:
+    code = "from pronghorn.cli import main; raise SystemExit(main(['generate', 'a', '-m', __import__('sys').argv[1]]))"
+    environment = {**os.environ, "PRONGHORN_ISA": "abacus", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code, tiny], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pronghorn: error: PRONGHORN_ISA=abacus")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -363,6 +375,13 @@ def test_kv_memory(tiny: Path) -> None:
         assert llm.context == 160
         with pytest.raises(PromptError, match="context holds 160"):
             llm.generate([1] * 160)
+    with pytest.raises(ParameterError, match="this machine has"):
+        LLM(tiny, kv_memory=2**60)
+    code = "import resource, sys, pronghorn; resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30));"
+    code += "pronghorn.LLM(sys.argv[1]); pronghorn.LLM(sys.argv[1], kv_memory=2**30)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code, tiny], env=environment, capture_output=True, text=True)
+    assert "no room for 1073741824 bytes of keys and values" in done.stderr
     assert pages_for(1, 10, 3, None) == 3
     assert pages_for(2**50, 10, 3, None) == 1
     assert 2**20 < free_memory() < 2**50

@@ -18,6 +18,7 @@ __all__ = [
     "PromptError",
     "PronghornError",
     "SamplingParams",
+    "Stream",
     "Timings",
     "__version__",
 ]
@@ -26,12 +27,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pronghorn.engine.sampling import SamplingParams
     from pronghorn.errors import CheckpointError, ConfigError, ParameterError, PromptError, PronghornError
-    from pronghorn.llm import LLM, Chunk, Output, Timings
+    from pronghorn.generation import Chunk, Output, Stream, Timings
+    from pronghorn.llm import LLM
 
 _HOMES = {
     "errors": ("CheckpointError", "ConfigError", "ParameterError", "PromptError", "PronghornError"),
     "engine.sampling": ("SamplingParams",),
-    "llm": ("LLM", "Chunk", "Output", "Timings"),
+    "generation": ("Chunk", "Output", "Stream", "Timings"),
+    "llm": ("LLM",),
 }
 
 

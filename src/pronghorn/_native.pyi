@@ -26,6 +26,9 @@ class Pool:
     @property
     def size(self) -> int: ...
 
+def read_memory(data: Buffer, pool: Pool) -> int:
+    """Reads all bytes, on all threads, as fast as the machine can -> their sum, which is of no further use."""
+
 class KvCache:
     """Keys and values of all layers, in pages. `format` is f32 or bf16. Memory is taken when it is first touched."""
 

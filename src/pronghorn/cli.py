@@ -19,7 +19,8 @@ from pronghorn.errors import ParameterError, PromptError, PronghornError
 
 if TYPE_CHECKING:
     from pronghorn.engine.sampling import SamplingParams
-    from pronghorn.llm import LLM, Output, Stream
+    from pronghorn.generation import Output, Stream
+    from pronghorn.llm import LLM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,7 +247,14 @@ def chat(args: argparse.Namespace) -> None:
             if not line:
                 continue
             messages.append({"role": "user", "content": line})
-            stream = llm.stream(llm.chat_prompt(messages), params)
+            try:
+                stream = llm.stream(llm.chat_prompt(messages), params)
+            except PromptError as error:  # the conversation has grown longer than the context
+                if not interactive:
+                    raise
+                say(f"error: {error}; /clear begins anew")
+                messages.pop()
+                continue
             messages.append({"role": "assistant", "content": show(stream)})
             if not args.quiet:
                 statistics(stream.output())

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from pronghorn.engine.engine import Engine
 from pronghorn.engine.sampling import SamplingParams
-from pronghorn.engine.scheduler import Logprob, Request
+from pronghorn.engine.scheduler import Request
 from pronghorn.errors import CheckpointError, ParameterError, PromptError, PronghornError
+from pronghorn.generation import Chunk, Cost, Generation, Output, Stream
 from pronghorn.models import Model, model_for
 from pronghorn.ops import PAGE, Runner
 from pronghorn.weights import Checkpoint, open_checkpoint
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pronghorn.text.tokenizer import StreamDecoder, Tokenizer
+    from pronghorn.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")
 KV_SIZES = {"f32": 4, "bf16": 2}
@@ -32,46 +34,6 @@ STEP_TOKENS = 512  # prompt tokens that a step computes: also how long Ctrl-C ma
 SEQUENCES = 16  # of full context, that the KV cache has room for by default, if the memory does
 
 Prompt = str | Sequence[int]
-
-
-class Timings(NamedTuple):
-    """How long a generation took. Speeds are None where there was too little to time.
-
-    `bytes_per_token` is what decoding a token reads: every weight once (not the rows looked up in embedding tables,
-    but the head, also where it is the same matrix), and keys and values at the middle of the output.
-    """
-
-    load_s: float  # making the model ready
-    ttft_s: float  # from the call to the first token
-    prefill_tok_s: float  # prompt tokens in ttft_s
-    decode_tok_s: float | None  # tokens after the first
-    bytes_per_token: int
-    bandwidth_gb_s: float | None  # bytes_per_token * decode_tok_s
-
-
-class Chunk(NamedTuple):
-    """A piece of a stream. Text may lag behind the tokens, while half a character or of a stop string is there."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None  # of the last chunk: "stop" or "length"
-    logprobs: list[Logprob] | None
-
-
-class Output(NamedTuple):
-    """What became of a prompt.
-
-    `token_ids` ends with the token that stopped it, whose text is not in `text`; nor is a stop string. `text` is
-    empty for a model without a tokenizer.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str  # "stop" or "length" (of max_tokens, or of the context)
-    logprobs: list[Logprob] | None
-    prompt_token_ids: list[int]
-    seed: int
-    timings: Timings
 
 
 class LLM:
@@ -122,15 +84,22 @@ class LLM:
 
         from pronghorn.weights.quantize import prepare
 
-        weights = prepare(self._checkpoint, self.model.parameters(), tensors, dtype)
+        weights = prepare(self._checkpoint, self.model.parameters(), tensors, dtype, threads)
         config = self.model.config
         if kv_dtype == "auto":
             wide = all(isinstance(w, Dense) and w.dtype != "bf16" for w in weights.values())
             kv_dtype = "f32" if wide else "bf16"
         self.kv_dtype = kv_dtype
         sequences = SEQUENCES if device == "cpu" else 1
-        n_pages = pages_for(self._kv_bytes(), config.context, sequences, kv_memory)
-        runner = runner_for(self.model, Module.of(weights), device, threads, n_pages, kv_dtype)
+        token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * KV_SIZES[kv_dtype]
+        n_pages = pages_for(token_bytes, config.context, sequences, kv_memory)
+        try:
+            runner = runner_for(self.model, Module.of(weights), device, threads, n_pages, kv_dtype)
+        except MemoryError:
+            size = n_pages * PAGE * token_bytes
+            raise PronghornError(f"the memory has no room for {size} bytes of keys and values (kv_memory)") from None
+        except RuntimeError as error:  # the environment asks for what the machine has not: PRONGHORN_ISA, a device
+            raise PronghornError(str(error).partition("\n")[0]) from None
         self._engine: Engine | None = Engine(
             runner,
             n_pages=n_pages,
@@ -141,11 +110,10 @@ class LLM:
             use_cache=use_cache,
         )
         self.context = self._engine.context
-        self._weight_bytes = bytes_read(self.model, weights)
-        self._eos_ids: frozenset[int] | None = None
         self._lock = threading.Lock()
+        self._ended: list[Request] = []  # that are no longer wanted, and may hold pages yet
         self._pid = os.getpid()
-        self.load_s = time.perf_counter() - started
+        self._cost = Cost(time.perf_counter() - started, bytes_read(self.model, weights), token_bytes)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -188,7 +156,7 @@ class LLM:
                     generation.advance()
                 pending = [generation for generation in pending if not generation.finish_reason]
         finally:
-            self._cancel(generations)
+            self._cancel(*(generation.request for generation in generations))
         outputs = [generation.output() for generation in generations]
         return outputs[0] if one else outputs
 
@@ -211,7 +179,7 @@ class LLM:
                 if chunk := generation.advance():
                     yield chunk
         finally:
-            self._cancel([generation])
+            self._cancel(generation.request)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each token, float32 [tokens, vocabulary]."""
@@ -244,9 +212,9 @@ class LLM:
         """Ends what runs, and lets go of weights and memory. `with LLM(...) as llm:` does it at the end."""
         with self._lock:
             if self._engine:
-                for request in [*self._engine.scheduler.running, *self._engine.scheduler.waiting]:
-                    self._engine.finish(request, "cancelled")
-            self._engine = None
+                self._ended += [*self._engine.scheduler.running, *self._engine.scheduler.waiting]
+                self._reap()
+            self._engine = None  # and with it the runner, the KV cache and the weights
 
     def __enter__(self) -> LLM:
         return self
@@ -265,190 +233,50 @@ class LLM:
 
     def _step(self) -> None:
         with self._lock:
+            self._reap()
             self._ready().step()
 
-    def _cancel(self, generations: list[Generation]) -> None:
-        with self._lock:
+    def _cancel(self, *requests: Request) -> None:
+        """Ends requests: now, or where a step is running, after it.
+
+        It never waits for the lock: an abandoned stream may be collected, and closed, amid a step of this thread.
+        """
+        self._ended += requests
+        if self._lock.acquire(blocking=False):
+            try:
+                self._reap()
+            finally:
+                self._lock.release()
+
+    def _reap(self) -> None:
+        while self._ended:
+            request = self._ended.pop()
             if self._engine:
-                for generation in generations:
-                    self._engine.finish(generation.request, "cancelled")
+                self._engine.finish(request, "cancelled")
 
     def _generation(self, prompt: Prompt, params: SamplingParams) -> Generation:
         """A prompt on its way, checked."""
         started = time.perf_counter()
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not token_ids:
-            token_ids = [self._bos_id()]
-        engine = self._ready()
-        if not params.ignore_eos:
-            engine.eos_ids = self._ends()
+        engine, config = self._ready(), self._checkpoint.config
+        tokenizer: Tokenizer | None = None
+        try:
+            tokenizer = self.tokenizer
+            bos_ids: tuple[int, ...] = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+            eos_ids = tokenizer.eos_ids
+        except CheckpointError:
+            if isinstance(prompt, str) or params.stop:  # ids in, ids out does without
+                raise
+            bos_ids, eos_ids = token_ids_of(config.get("bos_token_id")), token_ids_of(config.get("eos_token_id"))
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not len(token_ids):
+            if not bos_ids:
+                raise PromptError("the prompt is empty, and the model has no beginning-of-sequence token to start from")
+            token_ids = bos_ids[:1]
+        engine.eos_ids = frozenset(eos_ids)
         request = Request(token_ids, params)
         engine.check(request)
-        return Generation(self, request, started)
-
-    def _ends(self) -> frozenset[int]:
-        """The tokens that end a sequence, as the tokenizer's files say, or else the config."""
-        if self._eos_ids is None:
-            try:
-                ids = self.tokenizer.eos_ids
-            except CheckpointError:
-                ids = token_ids_of(self._checkpoint.config.get("eos_token_id"))
-            self._eos_ids = frozenset(ids)
-        return self._eos_ids
-
-    def _bos_id(self) -> int:
-        try:
-            bos_id = self.tokenizer.bos_id
-        except CheckpointError:
-            bos_id = next(iter(token_ids_of(self._checkpoint.config.get("bos_token_id"))), None)
-        if bos_id is None:
-            raise PromptError("the prompt is empty, and the model has no beginning-of-sequence token to start from")
-        return bos_id
-
-    def _kv_bytes(self) -> int:
-        """Bytes of keys and values for a token."""
-        config = self.model.config
-        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * KV_SIZES[self.kv_dtype]
-
-
-class Generation:
-    """One request's way from token ids to text."""
-
-    def __init__(self, llm: LLM, request: Request, started: float) -> None:
-        self.llm = llm
-        self.request = request
-        self.finish_reason: str | None = None
-        self.n_read = request.n_prompt  # tokens whose text has been taken
-        self.text = ""
-        self.text_stream: TextStream | None = None
-        try:
-            decoder = llm.tokenizer.stream()
-            for token_id in request.token_ids[-8:]:  # the text goes on: a space may begin it, half a character end
-                decoder.push(token_id)
-            self.text_stream = TextStream(decoder, request.params.stop)
-        except CheckpointError:
-            if request.params.stop:  # ids in, ids out does without text; stop strings do not
-                raise
-        self.started, self.first, self.last = started, 0.0, 0.0
-
-    def advance(self) -> Chunk | None:
-        """What is new since the last call, if anything."""
-        request = self.request
-        ended, n_tokens, start = request.finish_reason, len(request.token_ids), self.n_read
-        if n_tokens == start and not ended:
-            return None
-        if ended in ("error", "cancelled"):
-            raise request.error or PronghornError("the generation was cancelled")
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
-        text = ""
-        while self.n_read < n_tokens and not self.finish_reason:
-            token_id = request.token_ids[self.n_read]
-            self.n_read += 1
-            if token_id in request.stop_ids:
-                self.finish_reason = "stop"
-            elif self.text_stream:
-                text += self.text_stream.push(token_id)
-                if self.text_stream.stopped:
-                    self.finish_reason = "stop"
-                    self.llm._cancel([self])
-        if not self.finish_reason and self.n_read == n_tokens:
-            self.finish_reason = ended
-        if self.finish_reason and self.text_stream:
-            text += self.text_stream.finish()
-            self.finish_reason = "stop" if self.text_stream.stopped else self.finish_reason
-        self.text += text
-        ids = request.token_ids[start : self.n_read].tolist()
-        return Chunk(text, ids, self.finish_reason, self._logprobs(start))
-
-    def output(self) -> Output:
-        """The whole, once it has finished."""
-        request = self.request
-        if not self.finish_reason:
-            raise PronghornError("the generation has not ended")
-        return Output(
-            text=self.text,
-            token_ids=request.token_ids[request.n_prompt : self.n_read].tolist(),
-            finish_reason=self.finish_reason,
-            logprobs=self._logprobs(request.n_prompt),
-            prompt_token_ids=request.token_ids[: request.n_prompt].tolist(),
-            seed=request.seed,
-            timings=self.timings(),
-        )
-
-    def timings(self) -> Timings:
-        """See Timings."""
-        n_prompt, n_new = self.request.n_prompt, self.n_read - self.request.n_prompt
-        ttft = self.first - self.started
-        speed = (n_new - 1) / (self.last - self.first) if n_new > 1 and self.last > self.first else None
-        size = self.llm._weight_bytes + self.llm._kv_bytes() * (n_prompt + n_new // 2)
-        return Timings(self.llm.load_s, ttft, n_prompt / ttft, speed, size, speed and size * speed / 1e9)
-
-    def _logprobs(self, start: int) -> list[Logprob] | None:
-        if self.request.params.logprobs is None:
-            return None
-        n_prompt = self.request.n_prompt
-        return self.request.logprobs[start - n_prompt : self.n_read - n_prompt]
-
-
-class Stream(Iterator[Chunk]):
-    """The chunks of a generation, which runs as they are asked for. Closing it ends it and frees its memory."""
-
-    def __init__(self, generation: Generation, chunks: Generator[Chunk, None, None]) -> None:
-        self._generation = generation
-        self._chunks = chunks
-
-    def __next__(self) -> Chunk:
-        return next(self._chunks)
-
-    def close(self) -> None:
-        """Ends the generation; no effect on one that has ended."""
-        self._chunks.close()
-
-    def output(self) -> Output:
-        """The whole, after the last chunk."""
-        return self._generation.output()
-
-
-class TextStream:
-    """Token ids to text that is cut before the first stop string.
-
-    The first is the one that is complete first (of those, the longest), wherever the borders of tokens are. Text is
-    held back only while it may be the beginning of one.
-    """
-
-    def __init__(self, decoder: StreamDecoder, stop: Sequence[str]) -> None:
-        self.decoder = decoder
-        self.stop = stop
-        self.held = ""
-        self.stopped = False
-
-    def push(self, token_id: int) -> str:
-        """The text that can be shown now."""
-        return self._show(self.decoder.push(token_id))
-
-    def finish(self) -> str:
-        """The rest of the text, at the end."""
-        if self.stopped:
-            return ""
-        text = self._show(self.decoder.finish()) + self.held
-        self.held = ""
-        return text
-
-    def _show(self, piece: str) -> str:
-        text = self.held + piece
-        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)[1]]
-        n_held = max((beginning_at_end(text, stop) for stop in self.stop), default=0)
-        self.held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
-
-
-def beginning_at_end(text: str, stop: str) -> int:
-    """Characters at the end of the text that are the beginning of the stop string."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+        decoder = tokenizer.stream() if tokenizer else None
+        return Generation(request, decoder, self._cost, self._cancel, started)
 
 
 T = TypeVar("T")
@@ -550,9 +378,16 @@ def pages_for(token_bytes: int, context: int, sequences: int, kv_memory: int | N
     page_bytes = token_bytes * PAGE
     if kv_memory is None:
         return max(1, min(free_memory() // 4 // page_bytes, sequences * -(-context // PAGE)))
+    if kv_memory > physical_memory():
+        raise ParameterError(f"kv_memory is {kv_memory}: this machine has {physical_memory()} bytes")
     if kv_memory < page_bytes:
         raise ParameterError(f"kv_memory is {kv_memory}: {PAGE} tokens alone need {page_bytes} bytes")
     return kv_memory // page_bytes
+
+
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_memory() -> int:
@@ -561,7 +396,7 @@ def free_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        free = physical_memory() // 2
     try:
         name = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
         group = Path("/sys/fs/cgroup" + name.rstrip())
@@ -570,7 +405,10 @@ def free_memory() -> int:
             if limit.exists() and (text := limit.read_text().strip()) != "max":
                 free = min(free, int(text) - int((folder / "memory.current").read_text()))
     except (OSError, StopIteration, ValueError):
-        pass
+        pass  # no such groups here
+    room = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if room != resource.RLIM_INFINITY and (statm := Path("/proc/self/statm")).exists():
+        free = min(free, room - int(statm.read_text().split()[0]) * resource.getpagesize())
     return max(free, 0)
 
 

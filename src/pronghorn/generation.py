@@ -1,0 +1,204 @@
+"""What becomes of a prompt: its tokens on their way to text, and what is told of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from pronghorn.engine.scheduler import Logprob, Request
+from pronghorn.errors import PronghornError
+
+if TYPE_CHECKING:
+    from pronghorn.text.tokenizer import StreamDecoder
+
+
+class Timings(NamedTuple):
+    """How long a generation took. Speeds are None where there was too little to time.
+
+    `bytes_per_token` is what decoding a token reads: every weight once (not the rows looked up in embedding tables,
+    but the head, also where it is the same matrix), and keys and values at the middle of the output.
+    """
+
+    load_s: float  # making the model ready
+    ttft_s: float  # from the call to the first token
+    prefill_tok_s: float  # prompt tokens in ttft_s
+    decode_tok_s: float | None  # tokens after the first
+    bytes_per_token: int
+    bandwidth_gb_s: float | None  # bytes_per_token * decode_tok_s
+
+
+class Chunk(NamedTuple):
+    """A piece of a stream. Text may lag behind the tokens, while half a character or of a stop string is there."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None  # of the last chunk: "stop" or "length"
+    logprobs: list[Logprob] | None
+
+
+class Output(NamedTuple):
+    """What became of a prompt.
+
+    `token_ids` ends with the token that stopped it, whose text is not in `text`; nor is a stop string. `text` is
+    empty for a model without a tokenizer.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str  # "stop" or "length" (of max_tokens, or of the context)
+    logprobs: list[Logprob] | None
+    prompt_token_ids: list[int]
+    seed: int
+    timings: Timings
+
+
+class Cost(NamedTuple):
+    """What a model takes."""
+
+    load_s: float  # to be made ready
+    weight_bytes: int  # read for each token
+    kv_bytes: int  # for each token before it
+
+
+class Generation:
+    """One request's way from token ids to text."""
+
+    def __init__(
+        self,
+        request: Request,
+        decoder: StreamDecoder | None,
+        cost: Cost,
+        cancel: Callable[[Request], None],
+        started: float,
+    ) -> None:
+        self.request = request
+        self.finish_reason: str | None = None
+        self.n_read = request.n_prompt  # tokens whose text has been taken
+        self.text = ""
+        self.stream = TextStream(decoder, request.params.stop) if decoder else None
+        self.cost = cost
+        self.cancel = cancel
+        self.started, self.first, self.last = started, 0.0, 0.0
+        if decoder:
+            for token_id in request.token_ids[-8:]:  # the text goes on: a space may begin it, half a character end
+                decoder.push(token_id)
+
+    def advance(self) -> Chunk | None:
+        """What is new since the last call, if anything."""
+        request = self.request
+        ended, n_tokens, start = request.finish_reason, len(request.token_ids), self.n_read
+        if n_tokens == start and not ended:
+            return None
+        if ended in ("error", "cancelled"):
+            raise request.error or PronghornError("the generation was cancelled")
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        text = ""
+        while self.n_read < n_tokens and not self.finish_reason:
+            token_id = request.token_ids[self.n_read]
+            self.n_read += 1
+            if token_id in request.stop_ids:
+                self.finish_reason = "stop"
+            elif self.stream:
+                text += self.stream.push(token_id)
+                if self.stream.stopped:
+                    self.finish_reason = "stop"
+                    self.cancel(request)
+        if not self.finish_reason and self.n_read == n_tokens:
+            self.finish_reason = ended
+        if self.finish_reason and self.stream:
+            text += self.stream.finish()
+            self.finish_reason = "stop" if self.stream.stopped else self.finish_reason
+        self.text += text
+        ids = request.token_ids[start : self.n_read].tolist()
+        return Chunk(text, ids, self.finish_reason, self._logprobs(start))
+
+    def output(self) -> Output:
+        """The whole, once it has finished."""
+        request = self.request
+        if not self.finish_reason:
+            raise PronghornError("the generation has not ended")
+        return Output(
+            text=self.text,
+            token_ids=request.token_ids[request.n_prompt : self.n_read].tolist(),
+            finish_reason=self.finish_reason,
+            logprobs=self._logprobs(request.n_prompt),
+            prompt_token_ids=request.token_ids[: request.n_prompt].tolist(),
+            seed=request.seed,
+            timings=self.timings(),
+        )
+
+    def timings(self) -> Timings:
+        """See Timings."""
+        n_prompt, n_new = self.request.n_prompt, self.n_read - self.request.n_prompt
+        ttft = self.first - self.started
+        speed = (n_new - 1) / (self.last - self.first) if n_new > 1 and self.last > self.first else None
+        size = self.cost.weight_bytes + self.cost.kv_bytes * (n_prompt + n_new // 2)
+        return Timings(self.cost.load_s, ttft, n_prompt / ttft, speed, size, speed and size * speed / 1e9)
+
+    def _logprobs(self, start: int) -> list[Logprob] | None:
+        if self.request.params.logprobs is None:
+            return None
+        n_prompt = self.request.n_prompt
+        return self.request.logprobs[start - n_prompt : self.n_read - n_prompt]
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of a generation, which runs as they are asked for. Closing it ends it and frees its memory."""
+
+    def __init__(self, generation: Generation, chunks: Generator[Chunk, None, None]) -> None:
+        self._generation = generation
+        self._chunks = chunks
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """Ends the generation; no effect on one that has ended."""
+        self._chunks.close()
+
+    def output(self) -> Output:
+        """The whole, after the last chunk."""
+        return self._generation.output()
+
+
+class TextStream:
+    """Token ids to text that is cut before the first stop string.
+
+    The first is the one that is complete first (of those, the longest), wherever the borders of tokens are. Text is
+    held back only while it may be the beginning of one.
+    """
+
+    def __init__(self, decoder: StreamDecoder, stop: Sequence[str]) -> None:
+        self.decoder = decoder
+        self.stop = stop
+        self.held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """The text that can be shown now."""
+        return self._show(self.decoder.push(token_id))
+
+    def finish(self) -> str:
+        """The rest of the text, at the end."""
+        if self.stopped:
+            return ""
+        text = self._show(self.decoder.finish()) + self.held
+        self.held = ""
+        return text
+
+    def _show(self, piece: str) -> str:
+        text = self.held + piece
+        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)[1]]
+        n_held = max((beginning_at_end(text, stop) for stop in self.stop), default=0)
+        self.held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
+
+
+def beginning_at_end(text: str, stop: str) -> int:
+    """Characters at the end of the text that are the beginning of the stop string."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
