@@ -94,6 +94,10 @@ inline void dot_rows(const float* x, i64 x_stride, const typename T::Element* w,
     for (F& s : row) s = zero();
   i64 i = 0;
   for (; i + kLanes <= n_in; i += kLanes) {
+    if constexpr (R == 1) {  // the rows after these, evenly
+      const auto* next = reinterpret_cast<const u8*>(w + O * n_in + O * i);
+      for (i64 b = 0; b < i64(O * kLanes * sizeof(*w)); b += 64) prefetch(next + b);
+    }
     F wi[O];
     for (int o = 0; o < O; o++) wi[o] = T::get(w + o * n_in + i);
     for (int r = 0; r < R; r++) {
@@ -141,7 +145,7 @@ template <typename T>
 void linear_in_out(const Linear& l, i64 begin, i64 end, float* scratch) {
   const i64 n_in = l.w->n_in, n_out = l.w->n_out;
   const auto* w = reinterpret_cast<const typename T::Element*>(l.w->data);
-  constexpr i64 kRows = 4, kInputs = 8;
+  constexpr i64 kRows = 4, kInputs = 16;
   const i64 strip = l.n_rows == 1 ? 4096 : 128;
   constexpr i64 kMany = 512;  // rows whose sums fit into the scratch memory
   for (i64 o = begin; o < end; o += strip) {
@@ -163,6 +167,7 @@ void linear_in_out(const Linear& l, i64 begin, i64 end, float* scratch) {
               const i64 lanes = smaller(kLanes, n - v);
               for (i64 j = 0; j < inputs; j++, p += n_out) {
                 const F wj = lanes == kLanes ? T::get(p) : T::get_first(p, lanes);
+                if constexpr (R == 1) prefetch(p + kInputs * n_out);
                 for (int r = 0; r < R; r++) sum[r] = fma(set(x[r * l.in.x_stride + j]), wj, sum[r]);
               }
               for (int r = 0; r < R; r++) store(sums + r * width + v, sum[r]);
@@ -184,6 +189,16 @@ inline void load_pairs(const Matrix& w, i64 i, i64 o, I out[16]) {
   const auto* data = reinterpret_cast<const u16*>(w.data);
   const i64 inputs = smaller(32, w.n_in - i), outputs = smaller(kPanel, w.n_out - o);
   if (w.order == Order::out_in) {
+    if (inputs == 32 && outputs == 16) {
+      const u16* p = data + o * w.n_in + i;
+      const auto* next = reinterpret_cast<const u8*>(data + (o + 16) * w.n_in + 16 * i);  // the panel after this, evenly
+#pragma GCC unroll 16
+      for (i64 r = 0; r < 16; r++) {
+        prefetch(next + 64 * r);
+        out[r] = load_pairs_first(p + r * w.n_in, 32);
+      }
+      return transpose(out);
+    }
     for (i64 r = 0; r < 16; r++) out[r] = r < outputs ? load_pairs_first(data + (o + r) * w.n_in + i, inputs) : zero_int();
     transpose(out);
   } else {
@@ -245,7 +260,49 @@ void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
 
 #else
 
+// The [in, out] order's few rows: as linear_in_out, 32 inputs at a time, straight from the weights.
+void linear_bf16_in_out(const Linear& l, i64 begin, i64 end, float* scratch) {
+  const i64 n_in = l.w->n_in, n_out = l.w->n_out, width = round_up(n_in, 32);
+  const auto* w = reinterpret_cast<const u16*>(l.w->data);
+  float* x = scratch;  // [width], widened
+  float* sums = scratch + width;
+  constexpr i64 kStrip = 4096;
+  for (i64 row = 0; row < l.n_rows; row++) {
+    const auto* values = static_cast<const u16*>(l.in.values) + row * l.in.stride;
+    for (i64 i = 0; i < width; i += kLanes) store(x + i, load_bf16(values + i));
+    for (i64 o = begin; o < end; o += kStrip) {
+      const i64 n = smaller(kStrip, end - o);
+      std::memset(sums, 0, size_t(round_up(n, kLanes)) * sizeof(float));
+      for (i64 i = 0; i < n_in; i += 32) {
+        const i64 inputs = smaller(32, n_in - i);
+        for (i64 v = 0; v < n; v += kLanes) {
+          const u16* p = w + i * n_out + o + v;
+          const i64 lanes = smaller(kLanes, n - v);
+          F even = zero(), odd = zero();
+          if (inputs == 32 && lanes == kLanes) {
+#pragma GCC unroll 8
+            for (i64 j = 0; j < 16; j++, p += 2 * n_out) {
+              prefetch(p + 32 * n_out);
+              even = fma(set(x[i + 2 * j]), load_bf16(p), even);
+              prefetch(p + 33 * n_out);
+              odd = fma(set(x[i + 2 * j + 1]), load_bf16(p + n_out), odd);
+            }
+          } else {
+            for (i64 j = 0; j < inputs; j++, p += n_out) {
+              F& sum = j % 2 ? odd : even;
+              sum = fma(set(x[i + j]), load_bf16_first(p, lanes), sum);
+            }
+          }
+          store(sums + v, load(sums + v) + (even + odd));
+        }
+      }
+      for (i64 v = 0; v < n; v += kLanes) finish(l, row, o + v, smaller(kLanes, n - v), load(sums + v));
+    }
+  }
+}
+
 void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
+  if (l.w->order == Order::in_out && l.n_rows == 1) return linear_bf16_in_out(l, begin, end, static_cast<float*>(scratch));
   constexpr i64 kRows = 4, kMany = 32;  // rows whose inputs stay in the second cache while a panel passes
   const i64 n_in = l.w->n_in, width = round_up(n_in, 32);
   auto* x = static_cast<float*>(scratch);          // [kMany][width], widened
@@ -322,58 +379,69 @@ inline F add_group(F scales, F minima, I dots, float scale, i32 sum, F total) {
   return K == Kind::int4 ? fma(minima, set(scale) * to_float(set_int(sum)), total) : total;
 }
 
-// The integer sums of one group of U units (0: of n) for R rows, each from its start.
-template <Kind K, int R, int U>
-inline void group_dots(const u8* w, const std::int8_t* x, i64 x_stride, i64 n, I dots[R]) {
-  const auto quad = [&](int r, i64 q) {
-    i32 v;
-    std::memcpy(&v, x + r * x_stride + 4 * q, 4);
-    return v;
-  };
-  const auto unit = [&](i64 u) {
-    if constexpr (R == 1) prefetch(w + 64 * u + kAhead);
-    const Quads v = load_quads(w + 64 * u);
-    for (int r = 0; r < R; r++) {
-      if constexpr (kNibbles<K>) {
-        dots[r] = dot(dots[r], low_nibbles(v), quad(r, 2 * u));
-        dots[r] = dot(dots[r], high_nibbles(v), quad(r, 2 * u + 1));
-      } else {
-        dots[r] = dot(dots[r], v, quad(r, u));
-      }
-    }
-  };
-  if constexpr (U == 0) {
-    for (i64 u = 0; u < n; u++) unit(u);
-  } else {
-#pragma GCC unroll 16
-    for (i64 u = 0; u < U; u++) unit(u);
-  }
-}
-
-template <Kind K, int R, int U>
-inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8* panel, i64 o, i64 n, i64 row) {
+// P panels side by side (the next one is `layout.size` bytes on) for R rows. Groups of U units are unrolled (0: any).
+template <Kind K, int R, int P, int U>
+inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8* panel, i64 o, i64 end, i64 row) {
   const Matrix& w = *l.w;
   const i64 group = w.group ? w.group : round_up(w.n_in, 4);
   const auto* x = static_cast<const std::int8_t*>(l.in.values) + row * l.in.stride;
   const float* x_scales = l.in.scales + row * layout.n_groups;
   const i32* x_sums = l.in.sums + row * layout.n_groups;
-  F total[R];
-  for (F& t : total) t = zero();
-  const auto add = [&](i64 g, i64 units, auto unrolled) {
-    I dots[R];
-    for (int r = 0; r < R; r++) dots[r] = start_of<K>(x_sums[r * layout.n_groups + g]);
+  const i64 share = P * layout.size / layout.n_groups;
+  F total[P][R];
+  for (auto& t : total)
+    for (F& r : t) r = zero();
+  const auto add = [&](i64 g, i64 n_units, auto unrolled) {
+    constexpr int N = decltype(unrolled)::value;
     const u8* values = panel + layout.values + g * (group / kUnit<K>) * 64;
-    group_dots<K, R, decltype(unrolled)::value>(values, x + g * group, l.in.stride, units, dots);
-    const F scales = load_scales(w, panel, g), minima = load_minima<K>(layout, panel, g);
-    for (int r = 0; r < R; r++) {
-      const i64 at = r * layout.n_groups + g;
-      total[r] = add_group<K>(scales, minima, dots[r], x_scales[at], x_sums[at], total[r]);
+    const std::int8_t* xg = x + g * group;
+    if constexpr (R == 1) {  // scales and values alike, evenly
+      const u8* ahead = panel + (kNibbles<K> ? 2 : 1) * kAhead + g * share;
+      for (i64 i = 0; i < share; i += 64) prefetch(ahead + i);
+    }
+    I dots[P][R];
+    for (auto& d : dots)
+      for (int r = 0; r < R; r++) d[r] = start_of<K>(x_sums[r * layout.n_groups + g]);
+    const auto quad = [&](int r, i64 q) {
+      i32 v;
+      std::memcpy(&v, xg + r * l.in.stride + 4 * q, 4);
+      return v;
+    };
+    const auto unit = [&](i64 u) {
+      for (int p = 0; p < P; p++) {
+        const u8* at = values + p * layout.size + 64 * u;
+        const Quads v = load_quads(at);
+        for (int r = 0; r < R; r++) {
+          if constexpr (kNibbles<K>) {
+            dots[p][r] = dot(dots[p][r], low_nibbles(v), quad(r, 2 * u));
+            dots[p][r] = dot(dots[p][r], high_nibbles(v), quad(r, 2 * u + 1));
+          } else {
+            dots[p][r] = dot(dots[p][r], v, quad(r, u));
+          }
+        }
+      }
+    };
+    if constexpr (N == 0) {
+      for (i64 u = 0; u < n_units; u++) unit(u);
+    } else {
+#pragma GCC unroll 16
+      for (i64 u = 0; u < N; u++) unit(u);
+    }
+    for (int p = 0; p < P; p++) {
+      const u8* at = panel + p * layout.size;
+      const F scales = load_scales(w, at, g), minima = load_minima<K>(layout, at, g);
+      for (int r = 0; r < R; r++) {
+        const i64 i = r * layout.n_groups + g;
+        total[p][r] = add_group<K>(scales, minima, dots[p][r], x_scales[i], x_sums[i], total[p][r]);
+      }
     }
   };
   const i64 whole = w.group ? w.n_in / group : 0;
   for (i64 g = 0; g < whole; g++) add(g, group / kUnit<K>, Count<U>{});
   for (i64 g = whole; g < layout.n_groups; g++) add(g, div_up(w.n_in - g * group, kUnit<K>), Count<0>{});
-  for (int r = 0; r < R; r++) finish(l, row + r, o, n, total[r]);
+  for (int p = 0; p < P; p++)
+    for (int r = 0; r < R; r++)
+      finish(l, row + r, o + p * kPanel, smaller(kPanel, end - o - p * kPanel), total[p][r]);
 }
 
 template <Kind K>
@@ -381,20 +449,21 @@ void linear_quantized(const Linear& l, i64 begin, i64 end) {
   const Matrix& w = *l.w;
   const PanelLayout layout = panel_layout(w.format, w.n_in, w.group, w.symmetric);
   const i64 units = w.group / kUnit<K>;
-  constexpr i64 kRows = 4;
-  for (i64 o = begin; o < end; o += kPanel) {
+  constexpr i64 kRows = 4, kPanels = 1;
+  for (i64 o = begin; o < end; o += kPanels * kPanel) {
     const u8* panel = w.data + o / kPanel * layout.size;
-    const i64 n = smaller(kPanel, end - o);
-    for (i64 row = 0; row < l.n_rows; row += kRows) {
-      with_count<kRows>(smaller(kRows, l.n_rows - row), [&](auto count) {
-        constexpr int R = decltype(count)::value;
-        // Groups of the usual sizes are unrolled.
-        if (units == 4) quantized_rows<K, R, 4>(l, layout, panel, o, n, row);
-        else if (units == 8) quantized_rows<K, R, 8>(l, layout, panel, o, n, row);
-        else if (units == 16) quantized_rows<K, R, 16>(l, layout, panel, o, n, row);
-        else quantized_rows<K, R, 0>(l, layout, panel, o, n, row);
-      });
-    }
+    with_count<kPanels>(smaller(kPanels, div_up(end - o, kPanel)), [&](auto panels) {
+      constexpr int P = decltype(panels)::value;
+      for (i64 row = 0; row < l.n_rows; row += kRows)
+        with_count<kRows>(smaller(kRows, l.n_rows - row), [&](auto count) {
+          constexpr int R = decltype(count)::value;
+          // Groups of the usual sizes are unrolled.
+          if (units == 4) quantized_rows<K, R, P, 4>(l, layout, panel, o, end, row);
+          else if (units == 8) quantized_rows<K, R, P, 8>(l, layout, panel, o, end, row);
+          else if (units == 16) quantized_rows<K, R, P, 16>(l, layout, panel, o, end, row);
+          else quantized_rows<K, R, P, 0>(l, layout, panel, o, end, row);
+        });
+    });
   }
 }
 

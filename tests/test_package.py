@@ -109,6 +109,11 @@ def test_a_model_fits_on_three_screens(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_installed_size() -> None:
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert sum(path.stat().st_size for path in files) <= 10_000_000
+
+
 def commands(name: str) -> list[str]:
     """The lines of the shell blocks of a document."""
     text = (REPOSITORY / name).read_text(encoding="utf-8")
