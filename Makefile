@@ -12,7 +12,7 @@ WERROR := $(if $(CI),ON,OFF)
 # Where there are no tiles, the amx kernels are tested on emulated ones.
 EMULATE_AMX := $(shell grep -qs amx_int8 /proc/cpuinfo && echo OFF || echo ON)
 NATIVE_TESTS := -G Ninja -DPRONGHORN_MODULE=OFF -DPRONGHORN_TESTS=ON -DPRONGHORN_WERROR=$(WERROR)
-PROMPT := Why is the sky blue?
+PROMPT := Write two sentences about the sea.
 
 unexport PYTHONPATH
 unexport PYTHONHOME
@@ -20,7 +20,7 @@ unexport PYTHONHOME
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1  \t/p' Makefile | expand -t 20
 
-run: .venv/package  ## build, install, fetch the default model, and let it answer
+run: .venv/package  ## build, install, fetch the default model, and let it write
 	$(BIN)/pronghorn generate --chat "$(PROMPT)"
 
 test: .venv/test native  ## build, install and run the test suite
@@ -50,7 +50,7 @@ sanitize: .venv/base  ## the native tests under the address, undefined-behaviour
 	@$(CMAKE) --build build/tsan
 	build/asan/native_tests
 	@# The thread sanitizer's map of memory does not suit every kernel's randomization of addresses.
-	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/tsan/native_tests pool
+	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/tsan/native_tests pool program pack
 
 AARCH64_TOOLS := aarch64-linux-gnu-g++ qemu-aarch64
 aarch64: .venv/base  ## cross-compile, and run the native tests for aarch64 under qemu

@@ -379,18 +379,16 @@ inline F add_group(F scales, F minima, I dots, float scale, i32 sum, F total) {
   return K == Kind::int4 ? fma(minima, set(scale) * to_float(set_int(sum)), total) : total;
 }
 
-// P panels side by side (the next one is `layout.size` bytes on) for R rows. Groups of U units are unrolled (0: any).
-template <Kind K, int R, int P, int U>
+// One panel for R rows. Groups of U units are unrolled (0: of any size).
+template <Kind K, int R, int U>
 inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8* panel, i64 o, i64 end, i64 row) {
   const Matrix& w = *l.w;
-  const i64 group = w.group ? w.group : round_up(w.n_in, 4);
+  const i64 group = w.group ? w.group : round_up(w.n_in, 4), share = layout.size / layout.n_groups;
   const auto* x = static_cast<const std::int8_t*>(l.in.values) + row * l.in.stride;
   const float* x_scales = l.in.scales + row * layout.n_groups;
   const i32* x_sums = l.in.sums + row * layout.n_groups;
-  const i64 share = P * layout.size / layout.n_groups;
-  F total[P][R];
-  for (auto& t : total)
-    for (F& r : t) r = zero();
+  F total[R];
+  for (F& t : total) t = zero();
   const auto add = [&](i64 g, i64 n_units, auto unrolled) {
     constexpr int N = decltype(unrolled)::value;
     const u8* values = panel + layout.values + g * (group / kUnit<K>) * 64;
@@ -399,25 +397,21 @@ inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8*
       const u8* ahead = panel + (kNibbles<K> ? 2 : 1) * kAhead + g * share;
       for (i64 i = 0; i < share; i += 64) prefetch(ahead + i);
     }
-    I dots[P][R];
-    for (auto& d : dots)
-      for (int r = 0; r < R; r++) d[r] = start_of<K>(x_sums[r * layout.n_groups + g]);
+    I dots[R];
+    for (int r = 0; r < R; r++) dots[r] = start_of<K>(x_sums[r * layout.n_groups + g]);
     const auto quad = [&](int r, i64 q) {
       i32 v;
       std::memcpy(&v, xg + r * l.in.stride + 4 * q, 4);
       return v;
     };
     const auto unit = [&](i64 u) {
-      for (int p = 0; p < P; p++) {
-        const u8* at = values + p * layout.size + 64 * u;
-        const Quads v = load_quads(at);
-        for (int r = 0; r < R; r++) {
-          if constexpr (kNibbles<K>) {
-            dots[p][r] = dot(dots[p][r], low_nibbles(v), quad(r, 2 * u));
-            dots[p][r] = dot(dots[p][r], high_nibbles(v), quad(r, 2 * u + 1));
-          } else {
-            dots[p][r] = dot(dots[p][r], v, quad(r, u));
-          }
+      const Quads v = load_quads(values + 64 * u);
+      for (int r = 0; r < R; r++) {
+        if constexpr (kNibbles<K>) {
+          dots[r] = dot(dots[r], low_nibbles(v), quad(r, 2 * u));
+          dots[r] = dot(dots[r], high_nibbles(v), quad(r, 2 * u + 1));
+        } else {
+          dots[r] = dot(dots[r], v, quad(r, u));
         }
       }
     };
@@ -427,21 +421,16 @@ inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8*
 #pragma GCC unroll 16
       for (i64 u = 0; u < N; u++) unit(u);
     }
-    for (int p = 0; p < P; p++) {
-      const u8* at = panel + p * layout.size;
-      const F scales = load_scales(w, at, g), minima = load_minima<K>(layout, at, g);
-      for (int r = 0; r < R; r++) {
-        const i64 i = r * layout.n_groups + g;
-        total[p][r] = add_group<K>(scales, minima, dots[p][r], x_scales[i], x_sums[i], total[p][r]);
-      }
+    const F scales = load_scales(w, panel, g), minima = load_minima<K>(layout, panel, g);
+    for (int r = 0; r < R; r++) {
+      const i64 i = r * layout.n_groups + g;
+      total[r] = add_group<K>(scales, minima, dots[r], x_scales[i], x_sums[i], total[r]);
     }
   };
   const i64 whole = w.group ? w.n_in / group : 0;
   for (i64 g = 0; g < whole; g++) add(g, group / kUnit<K>, Count<U>{});
   for (i64 g = whole; g < layout.n_groups; g++) add(g, div_up(w.n_in - g * group, kUnit<K>), Count<0>{});
-  for (int p = 0; p < P; p++)
-    for (int r = 0; r < R; r++)
-      finish(l, row + r, o + p * kPanel, smaller(kPanel, end - o - p * kPanel), total[p][r]);
+  for (int r = 0; r < R; r++) finish(l, row + r, o, smaller(kPanel, end - o), total[r]);
 }
 
 template <Kind K>
@@ -449,21 +438,20 @@ void linear_quantized(const Linear& l, i64 begin, i64 end) {
   const Matrix& w = *l.w;
   const PanelLayout layout = panel_layout(w.format, w.n_in, w.group, w.symmetric);
   const i64 units = w.group / kUnit<K>;
-  constexpr i64 kRows = 4, kPanels = 1;
-  for (i64 o = begin; o < end; o += kPanels * kPanel) {
+  constexpr i64 kRows = 4;
+  for (i64 o = begin; o < end; o += kPanel) {
     const u8* panel = w.data + o / kPanel * layout.size;
-    with_count<kPanels>(smaller(kPanels, div_up(end - o, kPanel)), [&](auto panels) {
-      constexpr int P = decltype(panels)::value;
-      for (i64 row = 0; row < l.n_rows; row += kRows)
-        with_count<kRows>(smaller(kRows, l.n_rows - row), [&](auto count) {
-          constexpr int R = decltype(count)::value;
-          // Groups of the usual sizes are unrolled.
-          if (units == 4) quantized_rows<K, R, P, 4>(l, layout, panel, o, end, row);
-          else if (units == 8) quantized_rows<K, R, P, 8>(l, layout, panel, o, end, row);
-          else if (units == 16) quantized_rows<K, R, P, 16>(l, layout, panel, o, end, row);
-          else quantized_rows<K, R, P, 0>(l, layout, panel, o, end, row);
-        });
-    });
+    for (i64 row = 0; row < l.n_rows; row += kRows)
+      with_count<kRows>(smaller(kRows, l.n_rows - row), [&](auto count) {
+        constexpr int R = decltype(count)::value;
+        // For one row, groups of the usual sizes are unrolled.
+        if constexpr (R == 1 && kManyRegisters) {
+          if (units == 4) return quantized_rows<K, R, 4>(l, layout, panel, o, end, row);
+          if (units == 8) return quantized_rows<K, R, 8>(l, layout, panel, o, end, row);
+          if (units == 16) return quantized_rows<K, R, 16>(l, layout, panel, o, end, row);
+        }
+        quantized_rows<K, R, 0>(l, layout, panel, o, end, row);
+      });
   }
 }
 

@@ -54,6 +54,7 @@ inline float from_f16(u16 v) {
 
 using F = __m512;
 using I = __m512i;
+constexpr bool kManyRegisters = true;
 
 inline F set(float x) { return _mm512_set1_ps(x); }
 inline F zero() { return _mm512_setzero_ps(); }
@@ -161,6 +162,7 @@ inline F odd_halves(I pairs) { return as_float(_mm512_and_si512(pairs, set_int(i
 
 typedef float F __attribute__((vector_size(64)));
 typedef i32 I __attribute__((vector_size(64)));
+constexpr bool kManyRegisters = false;
 
 inline F set(float x) { return F{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 inline F zero() { return F{}; }

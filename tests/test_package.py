@@ -66,10 +66,12 @@ def test_all_names_are_there() -> None:
 
 
 def test_versions_agree() -> None:
-    assert pronghorn.__version__ == importlib.metadata.version("pronghorn")
     project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     assert f'version = "{pronghorn.__version__}"' in project
     assert f"## {pronghorn.__version__}" in (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    if PACKAGE.parent == REPOSITORY / "src":
+        pytest.skip("runs from the source tree: there is no installed version to compare")
+    assert pronghorn.__version__ == importlib.metadata.version("pronghorn")
 
 
 def imports_of(path: Path) -> Iterator[str]:

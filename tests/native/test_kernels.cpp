@@ -26,6 +26,7 @@
 
 #include "gguf.h"
 #include "pack.h"
+#include "program.h"
 #include "threads.h"
 #include "twin.h"
 
@@ -1282,6 +1283,96 @@ void test_pool(Report& report) {
   report.expect(overlaps == 0, "two jobs ran at once");
 }
 
+// A block of a model over all formats, as the program runs it on several threads: the same bits on each number of
+// threads, and for a prompt whole, in chunks, or beside another sequence. Also what the thread sanitizer looks at.
+void test_program(Report& report) {
+  constexpr i64 kVocabulary = 37, kEmbd = 40, kHidden = 72, kHeads = 4, kKvHeads = 2, kDim = 10, kTokens = 45;
+  Random random(52);
+  Pool packer(2);
+  std::vector<std::unique_ptr<Guarded<std::uint8_t>>> data;
+  Floats norm(kEmbd);
+  for (i64 i = 0; i < kEmbd; ++i) norm[i] = 1 + random.uniform(0.5f);
+
+  Program program(64, kVocabulary);
+  const auto matrix = [&](Format format, i64 group, i64 n_out, i64 n_in) {
+    Floats w(n_out * n_in);
+    for (i64 i = 0; i < w.size(); ++i) w[i] = random.uniform(0.3f);
+    const bool dense = format < Format::int8;
+    Matrix m{nullptr, format, dense ? Order::out_in : Order::packed, n_out, n_in, group, false};
+    const i64 size =
+        dense ? n_out * n_in * (format == Format::f32 ? 4 : 2) : packed_size(format, n_out, n_in, group, false);
+    data.push_back(std::make_unique<Guarded<std::uint8_t>>(size));
+    pack({reinterpret_cast<const std::uint8_t*>(w.data()), "f32", n_out, n_in, false}, m, data.back()->data(), packer);
+    m.data = data.back()->data();
+    return program.add_matrix(m);
+  };
+  const int scale = program.add_vector(norm.data(), kEmbd);
+  const int table = matrix(Format::f32, 0, kVocabulary, kEmbd);
+  const int rope = program.rope({1, 0.3, 0.1, 0.03, 0.01}, false, 1);
+  View x = program.embed(table);
+  const struct {
+    Format format;
+    i64 group;
+  } layers[] = {{Format::f32, 0}, {Format::bf16, 0}, {Format::int8, 0}, {Format::int8, 32}, {Format::int4, 32}};
+  i64 layer = 0;
+  for (const auto& [format, group] : layers) {
+    const auto linear = [&, format = format, group = group](View input, i64 n_out, View residual) {
+      return program.linear(input, matrix(format, group, n_out, input.width), -1, Activation::none, residual);
+    };
+    const View h = program.rms_norm(x, scale, 1e-5f);
+    const View q = linear(h, kHeads * kDim, {}), k = linear(h, kKvHeads * kDim, {}), v = linear(h, kKvHeads * kDim, {});
+    x = linear(program.attention(q, k, v, layer++, kHeads, kKvHeads, kDim, 0.3f, 0, rope), kEmbd, x);
+    const View g = program.rms_norm(x, scale, 1e-5f);
+    x = linear(program.gate(linear(g, kHidden, {}), linear(g, kHidden, {}), Activation::silu), kEmbd, x);
+  }
+  program.logits(x, table, -1);
+  program.finish();
+
+  std::vector<std::int32_t> ids;
+  for (i64 i = 0; i < kTokens; ++i) ids.push_back(static_cast<std::int32_t>(random.in(0, kVocabulary - 1)));
+  // The last token's logits, with the prompt in chunks that end where `ends` says; `beside`: another sequence's token.
+  const auto logits = [&](Pool& pool, const std::vector<i64>& ends, bool beside) {
+    const KvCache cache(layer, 6, kKvHeads, kDim, KvFormat::f32);
+    const std::int32_t pages[] = {4, 1, 0, 3};  // two sequences of two pages
+    std::vector<float> last;
+    i64 begin = 0;
+    for (i64 end : ends) {
+      std::vector<std::int32_t> token_ids(ids.begin() + begin, ids.begin() + end), positions, sequence;
+      for (i64 i = begin; i < end; ++i) positions.push_back(static_cast<std::int32_t>(i)), sequence.push_back(0);
+      if (beside)
+        token_ids.push_back(5), positions.push_back(static_cast<std::int32_t>(end == ends.front() ? 0 : 1)),
+            sequence.push_back(1);
+      const auto row = static_cast<std::int32_t>(end - begin - 1);
+      const Batch batch{token_ids.data(),
+                        positions.data(),
+                        sequence.data(),
+                        static_cast<i64>(token_ids.size()),
+                        pages,
+                        2,
+                        2,
+                        &row,
+                        1};
+      const float* out = program.run(batch, cache, pool);
+      last.assign(out, out + kVocabulary);
+      begin = end;
+    }
+    return last;
+  };
+  Pool alone(1);
+  const std::vector<float> want = logits(alone, {kTokens}, false);
+  for (float z : want) report.expect(std::isfinite(z), "a logit is not finite");
+  for (int n : {1, 2, 3, 5}) {
+    Pool pool(n);
+    for (const std::vector<i64>& ends : {std::vector<i64>{kTokens}, {17, kTokens}, {32, 44, kTokens}})
+      for (bool beside : {false, true}) {
+        const std::vector<float> got = logits(pool, ends, beside && ends.size() < 3);
+        report.expect(same_bits(got.data(), want.data(), got.size()), [&] {
+          return say("%d threads, %zu chunks%s: other logits", n, ends.size(), beside ? ", in company" : "");
+        });
+      }
+  }
+}
+
 // A forked child has none of the pool's threads: it is told so, and does not hang.
 void test_fork(Report& report) {
 #ifndef __SANITIZE_THREAD__
@@ -1360,7 +1451,8 @@ struct PlainTest {
   void (*run)(Report&);
 };
 
-const PlainTest kPlainTests[] = {{"pack", test_pack}, {"pool", test_pool}, {"fork", test_fork}};
+const PlainTest kPlainTests[] = {
+    {"pack", test_pack}, {"pool", test_pool}, {"program", test_program}, {"fork", test_fork}};
 
 }  // namespace
 
