@@ -24,7 +24,9 @@ def gpt2(n_layer: int, n_embd: int, n_head: int) -> dict[str, Any]:
     return {"model_type": "gpt2", "eos_token_id": 50256, "bos_token_id": 50256, **sizes}
 
 
-def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+def llama(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
     """A Llama configuration."""
     return {
         "model_type": "llama",

@@ -18,34 +18,37 @@ Source source_of(const Bytes& bytes, const std::string& dtype, i64 n_out, i64 n_
 }  // namespace
 
 void bind_pack(nb::module_& m) {
-  m.def("packed_size",
-        [](const std::string& format, i64 n_out, i64 n_in, i64 group, bool symmetric) {
-          return packed_size(format_named(format), n_out, n_in, group, symmetric);
-        },
-        nb::arg("format"), nb::arg("n_out"), nb::arg("n_in"), nb::arg("group"), nb::arg("symmetric"));
-  m.def("pack",
-        [](nb::handle source, const std::string& dtype, i64 n_out, i64 n_in, bool transposed, nb::handle destination,
-           const std::string& format, i64 group, bool symmetric, Pool& pool) {
-          const Bytes from(source), to(destination, true);
-          Matrix m;
-          m.format = format_named(format), m.n_out = n_out, m.n_in = n_in, m.group = group, m.symmetric = symmetric;
-          const bool packed = m.format == Format::int8 || m.format == Format::int4;
-          const i64 size = packed ? packed_size(m.format, n_out, n_in, group, symmetric)
-                                  : n_out * n_in * (m.format == Format::f32 ? 4 : 2);
-          if (to.size() != size) throw std::invalid_argument("the destination's size is not the packed size");
-          const Source s = source_of(from, dtype, n_out, n_in, transposed);
-          const nb::gil_scoped_release release;
-          pack(s, m, to.data<std::uint8_t>(), pool);
-        },
-        nb::arg("source"), nb::arg("dtype"), nb::arg("n_out"), nb::arg("n_in"), nb::arg("transposed"),
-        nb::arg("destination"), nb::arg("format"), nb::arg("group"), nb::arg("symmetric"), nb::arg("pool"));
-  m.def("checksum",
-        [](nb::handle data, Pool& pool) {
-          const Bytes bytes(data);
-          const nb::gil_scoped_release release;
-          return checksum(bytes.data<const std::uint8_t>(), bytes.size(), pool);
-        },
-        nb::arg("data"), nb::arg("pool"));
+  m.def(
+      "packed_size",
+      [](const std::string& format, i64 n_out, i64 n_in, i64 group, bool symmetric) {
+        return packed_size(format_named(format), n_out, n_in, group, symmetric);
+      },
+      nb::arg("format"), nb::arg("n_out"), nb::arg("n_in"), nb::arg("group"), nb::arg("symmetric"));
+  m.def(
+      "pack",
+      [](nb::handle source, const std::string& dtype, i64 n_out, i64 n_in, bool transposed, nb::handle destination,
+         const std::string& format, i64 group, bool symmetric, Pool& pool) {
+        const Bytes from(source), to(destination, true);
+        Matrix m;
+        m.format = format_named(format), m.n_out = n_out, m.n_in = n_in, m.group = group, m.symmetric = symmetric;
+        const bool packed = m.format == Format::int8 || m.format == Format::int4;
+        const i64 size = packed ? packed_size(m.format, n_out, n_in, group, symmetric)
+                                : n_out * n_in * (m.format == Format::f32 ? 4 : 2);
+        if (to.size() != size) throw std::invalid_argument("the destination's size is not the packed size");
+        const Source s = source_of(from, dtype, n_out, n_in, transposed);
+        const nb::gil_scoped_release release;
+        pack(s, m, to.data<std::uint8_t>(), pool);
+      },
+      nb::arg("source"), nb::arg("dtype"), nb::arg("n_out"), nb::arg("n_in"), nb::arg("transposed"),
+      nb::arg("destination"), nb::arg("format"), nb::arg("group"), nb::arg("symmetric"), nb::arg("pool"));
+  m.def(
+      "checksum",
+      [](nb::handle data, Pool& pool) {
+        const Bytes bytes(data);
+        const nb::gil_scoped_release release;
+        return checksum(bytes.data<const std::uint8_t>(), bytes.size(), pool);
+      },
+      nb::arg("data"), nb::arg("pool"));
 }
 
 }  // namespace pronghorn

@@ -99,9 +99,10 @@ const Kernels& chosen_kernels() {
   if (!name || !*name) return **available_kernels();
   if (const Kernels* k = kernels_named(name)) return *k;
   std::string all;
-  for (const Kernels* const* k = available_kernels(); *k; k++) all += (all.empty() ? "" : ", ") + std::string((*k)->isa);
-  throw std::runtime_error("PRONGHORN_ISA=" + std::string(name) + " is not an instruction set of this machine (it has " +
-                           all + ")");
+  for (const Kernels* const* k = available_kernels(); *k; k++)
+    all += (all.empty() ? "" : ", ") + std::string((*k)->isa);
+  throw std::runtime_error("PRONGHORN_ISA=" + std::string(name) +
+                           " is not an instruction set of this machine (it has " + all + ")");
 }
 
 #if defined(__x86_64__)

@@ -191,7 +191,8 @@ inline void load_pairs(const Matrix& w, i64 i, i64 o, I out[16]) {
   if (w.order == Order::out_in) {
     if (inputs == 32 && outputs == 16) {
       const u16* p = data + o * w.n_in + i;
-      const auto* next = reinterpret_cast<const u8*>(data + (o + 16) * w.n_in + 16 * i);  // the panel after this, evenly
+      const auto* next =
+          reinterpret_cast<const u8*>(data + (o + 16) * w.n_in + 16 * i);  // the panel after this, evenly
 #pragma GCC unroll 16
       for (i64 r = 0; r < 16; r++) {
         prefetch(next + 64 * r);
@@ -199,7 +200,8 @@ inline void load_pairs(const Matrix& w, i64 i, i64 o, I out[16]) {
       }
       return transpose(out);
     }
-    for (i64 r = 0; r < 16; r++) out[r] = r < outputs ? load_pairs_first(data + (o + r) * w.n_in + i, inputs) : zero_int();
+    for (i64 r = 0; r < 16; r++)
+      out[r] = r < outputs ? load_pairs_first(data + (o + r) * w.n_in + i, inputs) : zero_int();
     transpose(out);
   } else {
     const u16* p = data + i * w.n_out + o;
@@ -302,12 +304,13 @@ void linear_bf16_in_out(const Linear& l, i64 begin, i64 end, float* scratch) {
 }
 
 void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
-  if (l.w->order == Order::in_out && l.n_rows == 1) return linear_bf16_in_out(l, begin, end, static_cast<float*>(scratch));
+  if (l.w->order == Order::in_out && l.n_rows == 1)
+    return linear_bf16_in_out(l, begin, end, static_cast<float*>(scratch));
   constexpr i64 kRows = 4, kMany = 32;  // rows whose inputs stay in the second cache while a panel passes
   const i64 n_in = l.w->n_in, width = round_up(n_in, 32);
-  auto* x = static_cast<float*>(scratch);          // [kMany][width], widened
+  auto* x = static_cast<float*>(scratch);  // [kMany][width], widened
   const i64 many = larger(1, smaller(kMany, kScratch / 8 / (width * 4)));
-  auto* sums = x + many * width;                   // [many][kPanel]
+  auto* sums = x + many * width;  // [many][kPanel]
   for (i64 first_row = 0; first_row < l.n_rows; first_row += many) {
     const i64 n_rows = smaller(many, l.n_rows - first_row);
     const auto* values = static_cast<const u16*>(l.in.values) + first_row * l.in.stride;
@@ -391,7 +394,7 @@ inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8*
   for (F& t : total) t = zero();
   const auto add = [&](i64 g, i64 n_units, auto unrolled) {
     constexpr int N = decltype(unrolled)::value;
-    const u8* values = panel + layout.values + g * (group / kUnit<K>) * 64;
+    const u8* values = panel + layout.values + g * (group / kUnit<K>)*64;
     const std::int8_t* xg = x + g * group;
     if constexpr (R == 1) {  // scales and values alike, evenly
       const u8* ahead = panel + (kNibbles<K> ? 2 : 1) * kAhead + g * share;
@@ -463,8 +466,8 @@ void linear_quantized_tiles(const Linear& l, i64 begin, i64 end, void* scratch) 
   const Matrix& w = *l.w;
   const PanelLayout layout = panel_layout(w.format, w.n_in, w.group, w.symmetric);
   const i64 group = w.group ? w.group : round_up(w.n_in, 4);
-  const i64 step = smaller(64, group);  // inputs in a tile; zeros in x make what lies past a group's end vanish
-  auto* totals = static_cast<float*>(scratch);               // [rows][kPanel]
+  const i64 step = smaller(64, group);          // inputs in a tile; zeros in x make what lies past a group's end vanish
+  auto* totals = static_cast<float*>(scratch);  // [rows][kPanel]
   auto* unpacked = static_cast<u8*>(scratch) + kScratch / 2;  // a panel's group in 8 bits
   alignas(64) i32 dots[2][16][kPanel];
   TileShapes shapes;
@@ -482,7 +485,7 @@ void linear_quantized_tiles(const Linear& l, i64 begin, i64 end, void* scratch) 
       std::memset(totals, 0, size_t(n_rows * kPanel) * sizeof(float));
       for (i64 g = 0; g < layout.n_groups; g++) {
         const i64 inputs = smaller(group, w.n_in - g * group);
-        const u8* values = panel + layout.values + g * (group / kUnit<K>) * 64;
+        const u8* values = panel + layout.values + g * (group / kUnit<K>)*64;
         if constexpr (kNibbles<K>) {
           for (i64 u = 0; u < div_up(inputs, 8); u++) {
             const Quads v = load_quads(values + 64 * u);
@@ -617,8 +620,10 @@ inline F table_values(const Matrix& w, i64 row, i64 i, i64 n) {
     const i64 input = i + k, g = input / group, at = input % group;
     if (w.format == Format::int8) {
       float scale;
-      if (w.group == 0) std::memcpy(&scale, panel + lane * 4, 4);
-      else scale = half(panel, g);
+      if (w.group == 0)
+        std::memcpy(&scale, panel + lane * 4, 4);
+      else
+        scale = half(panel, g);
       out[k] = scale * float(i32(panel[layout.values + input / 4 * 64 + lane * 4 + input % 4]) - 128);
     } else {
       const u8 byte = panel[layout.values + (g * (group / 8) + at / 8) * 64 + lane * 4 + at % 4];
@@ -723,8 +728,8 @@ inline i64 page_of(const Rows& rows, i64 row, i64 position) {
   return rows.page_table[rows.sequence[row] * rows.table_width + position / kPage];
 }
 
-void store_kv(const KvLayer& kv, const Rows& rows, const float* k, i64 k_stride, const float* v, i64 v_stride, i64 begin,
-              i64 end) {
+void store_kv(const KvLayer& kv, const Rows& rows, const float* k, i64 k_stride, const float* v, i64 v_stride,
+              i64 begin, i64 end) {
   const i64 dim = kv.head_dim;
   for (i64 row = begin; row < end; row++) {
     const i64 slot = rows.positions[row] % kPage, page = page_of(rows, row, rows.positions[row]);
@@ -830,8 +835,12 @@ void attend_as(const Attend& a, i64 begin, i64 end) {
         const i64 r = row + t / n_heads, h = head * repeat + first_head + t % n_heads;
         const i64 last = a.rows.positions[r] + 1;
         Query& query = queries[t];
-        query = {a.q + r * a.q_stride + h * dim, a.y + r * a.y_stride + h * dim,
-                 a.window ? larger(0, last - a.window) : 0, last, -__builtin_inff(), 0};
+        query = {a.q + r * a.q_stride + h * dim,
+                 a.y + r * a.y_stride + h * dim,
+                 a.window ? larger(0, last - a.window) : 0,
+                 last,
+                 -__builtin_inff(),
+                 0};
         std::memset(query.y, 0, size_t(dim) * sizeof(float));
         from = smaller(from, query.begin), to = larger(to, last);
       }
@@ -863,8 +872,10 @@ void attend_as(const Attend& a, i64 begin, i64 end) {
 }
 
 void attend(const Attend& a, i64 begin, i64 end, void*) {
-  if (a.kv.format == KvFormat::f32) attend_as<KvF32>(a, begin, end);
-  else attend_as<KvBf16>(a, begin, end);
+  if (a.kv.format == KvFormat::f32)
+    attend_as<KvF32>(a, begin, end);
+  else
+    attend_as<KvBf16>(a, begin, end);
 }
 
 // ---- sampling ----------------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ enum class Format : int { f32, f16, bf16, int8, int4 };
 enum class Order : int { out_in, in_out, packed };
 enum class Activation : int { none, gelu, gelu_new, silu, relu };
 
-constexpr i64 kPage = 32;   // tokens in a page of the KV cache
-constexpr i64 kPanel = 16;  // outputs in a panel of a packed matrix
+constexpr i64 kPage = 32;          // tokens in a page of the KV cache
+constexpr i64 kPanel = 16;         // outputs in a panel of a packed matrix
 constexpr i64 kMaxInputs = 65536;  // of a matrix: integer sums stay under 2^31
-constexpr i64 kSlack = 1024;  // readable bytes after a packed matrix: a last tile may read past its end
+constexpr i64 kSlack = 1024;       // readable bytes after a packed matrix: a last tile may read past its end
 
 // A weight matrix. Dense formats are in the file's order; int8 and int4 are in panels (see weights/types.py).
 struct Matrix {

@@ -85,7 +85,8 @@ void put_half(std::uint8_t* p, std::uint16_t v) { std::memcpy(p, &v, 2); }
 bool pack_panel(const float* rows, const Matrix& m, const PanelLayout& layout, std::uint8_t* panel) {
   const i64 group = m.group ? m.group : m.n_in;
   std::memset(panel, 0, static_cast<size_t>(layout.size));
-  if (m.format == Format::int8) std::memset(panel + layout.values, 128, static_cast<size_t>(layout.size - layout.values));
+  if (m.format == Format::int8)
+    std::memset(panel + layout.values, 128, static_cast<size_t>(layout.size - layout.values));
   for (i64 r = 0; r < kPanel; r++)
     for (i64 g = 0; g < layout.n_groups; g++) {
       const i64 first = g * group, n = std::min(group, m.n_in - first);
@@ -120,7 +121,8 @@ void repack_panel(const Source& s, i64 o, const Matrix& m, const PanelLayout& la
   const BlockType& type = *block_type(s.dtype);
   const i64 blocks = s.n_in / 32, outputs = std::min(kPanel, s.n_out - o);
   std::memset(panel, 0, static_cast<size_t>(layout.size));
-  if (m.format == Format::int8) std::memset(panel + layout.values, 128, static_cast<size_t>(layout.size - layout.values));
+  if (m.format == Format::int8)
+    std::memset(panel + layout.values, 128, static_cast<size_t>(layout.size - layout.values));
   for (i64 r = 0; r < outputs; r++)
     for (i64 g = 0; g < blocks; g++) {
       const std::uint8_t* block = s.data + ((o + r) * blocks + g) * type.bytes;
@@ -201,7 +203,9 @@ void pack(const Source& s, const Matrix& m, std::uint8_t* data, Pool& pool) {
     }
   });
   std::memset(data + div_up(m.n_out, kPanel) * layout.size, 0, kSlack);
-  if (!finite) throw std::invalid_argument("holds values that are not finite, or too large for f16 scales: it cannot be quantized");
+  if (!finite)
+    throw std::invalid_argument(
+        "holds values that are not finite, or too large for f16 scales: it cannot be quantized");
 }
 
 std::uint64_t checksum(const std::uint8_t* data, i64 size, Pool& pool) {

@@ -23,15 +23,16 @@ void require(bool condition, const char* what) {
 
 Memory::Memory(i64 size) : size_(size) {
   if (size == 0) return;
-  void* p = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                 -1, 0);
+  void* p = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<std::uint8_t*>(p);
 }
 Memory::~Memory() {
   if (data_) munmap(data_, static_cast<size_t>(size_));
 }
-Memory::Memory(Memory&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+Memory::Memory(Memory&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
 Memory& Memory::operator=(Memory&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
@@ -98,7 +99,8 @@ void Program::touch(int buffer) {
   b.last = now;
 }
 
-Program::Instruction& Program::append(Kind kind, std::initializer_list<View> views, std::initializer_list<int> buffers) {
+Program::Instruction& Program::append(Kind kind, std::initializer_list<View> views,
+                                      std::initializer_list<int> buffers) {
   require(!finished_, "the program is finished");
   instructions_.emplace_back().kind = kind;
   for (const View& v : views) touch(v.buffer);
@@ -202,7 +204,8 @@ View Program::add(View x, View y) {
 int Program::rope(const std::vector<double>& frequencies, bool interleaved, double magnitude) {
   Rope rope{{frequencies.begin(), frequencies.end()}, interleaved, static_cast<float>(magnitude)};
   for (size_t i = 0; i < ropes_.size(); i++)
-    if (ropes_[i].frequencies == rope.frequencies && ropes_[i].interleaved == interleaved && ropes_[i].magnitude == rope.magnitude)
+    if (ropes_[i].frequencies == rope.frequencies && ropes_[i].interleaved == interleaved &&
+        ropes_[i].magnitude == rope.magnitude)
       return static_cast<int>(i);
   require(!rope.frequencies.empty(), "a rotation has frequencies");
   const i64 bytes = static_cast<i64>(rope.frequencies.size()) * 4;
@@ -246,8 +249,8 @@ void Program::logits(View x, int matrix, int bias) {
 }
 
 void Program::finish() {
-  // First fit: a buffer takes the lowest place that is free as long as it lives. That is counted in phases, from barrier
-  // to barrier: within one, threads may be at different instructions.
+  // First fit: a buffer takes the lowest place that is free as long as it lives. That is counted in phases, from
+  // barrier to barrier: within one, threads may be at different instructions.
   require(!finished_ && !instructions_.empty() && instructions_.back().to_logits, "a program ends with its logits");
   struct Place {
     i64 begin, end, first, last;
@@ -289,14 +292,16 @@ i64 Program::stride(const View& view) const { return buffers_[static_cast<size_t
 void Program::check(const Batch& batch, const KvCache& cache) const {
   require(finished_, "the program is not finished");
   require(batch.n_tokens > 0 && batch.n_tokens <= max_tokens_, "a batch has between 1 and max_tokens tokens");
-  require(batch.n_logits >= 0 && batch.n_logits <= batch.n_tokens, "a batch has at most a row of logits for each token");
+  require(batch.n_logits >= 0 && batch.n_logits <= batch.n_tokens,
+          "a batch has at most a row of logits for each token");
   for (i64 i = 0; i < batch.n_tokens; i++) {
     require(batch.token_ids[i] >= 0 && batch.token_ids[i] < max_id_, "a token id is outside of the vocabulary");
     require(batch.positions[i] >= 0 && batch.positions[i] < max_position_, "a position is outside of the context");
     require(batch.sequence[i] >= 0 && batch.sequence[i] < batch.n_sequences, "a token belongs to no sequence");
     require(batch.positions[i] / kPage < batch.table_width, "a position has no page");
     // All pages up to the token's own are read; the last token of a sequence has the most.
-    if (i + 1 < batch.n_tokens && batch.sequence[i + 1] == batch.sequence[i] && batch.positions[i + 1] > batch.positions[i])
+    if (i + 1 < batch.n_tokens && batch.sequence[i + 1] == batch.sequence[i] &&
+        batch.positions[i + 1] > batch.positions[i])
       continue;
     for (i64 p = 0; p <= batch.positions[i] / kPage; p++) {
       const std::int32_t page = batch.page_table[batch.sequence[i] * batch.table_width + p];
@@ -304,7 +309,8 @@ void Program::check(const Batch& batch, const KvCache& cache) const {
     }
   }
   for (i64 i = 0; i < batch.n_logits; i++)
-    require(batch.logits_rows[i] >= 0 && batch.logits_rows[i] < batch.n_tokens, "a row of logits is outside of the batch");
+    require(batch.logits_rows[i] >= 0 && batch.logits_rows[i] < batch.n_tokens,
+            "a row of logits is outside of the batch");
   for (const Instruction& in : instructions_)
     if (in.kind == Kind::attend)
       require(in.layer < cache.n_layers() && in.n_kv_heads == cache.n_kv_heads() && in.head_dim == cache.head_dim(),
@@ -346,8 +352,8 @@ void Program::execute(const Instruction& in, const Batch& batch, const KvCache& 
     case Kind::positions:
       return kernels_.embed(matrix(), batch.positions, floats(in.out), stride(in.out), true, rows.begin, rows.end);
     case Kind::layer_norm:
-      return kernels_.layer_norm(floats(in.x), stride(in.x), weights(in.weight), weights(in.bias), in.number, in.x.width,
-                                 floats(in.out), stride(in.out), rows.begin, rows.end);
+      return kernels_.layer_norm(floats(in.x), stride(in.x), weights(in.weight), weights(in.bias), in.number,
+                                 in.x.width, floats(in.out), stride(in.out), rows.begin, rows.end);
     case Kind::rms_norm: {
       const i64 width = vectors_[static_cast<size_t>(in.weight)].n;
       return kernels_.rms_norm(floats(in.x), stride(in.x), weights(in.weight), in.number, width, in.x.width / width,
@@ -359,8 +365,9 @@ void Program::execute(const Instruction& in, const Batch& batch, const KvCache& 
                                     reinterpret_cast<float*>(buffer(in.scales)),
                                     reinterpret_cast<std::int32_t*>(buffer(in.sums)), rows.begin, rows.end);
     case Kind::round:
-      return kernels_.round_rows(floats(in.x), stride(in.x), in.x.width, reinterpret_cast<std::uint16_t*>(buffer(in.values)),
-                                 round_up(in.x.width, 32), rows.begin, rows.end);
+      return kernels_.round_rows(floats(in.x), stride(in.x), in.x.width,
+                                 reinterpret_cast<std::uint16_t*>(buffer(in.values)), round_up(in.x.width, 32),
+                                 rows.begin, rows.end);
     case Kind::linear: {
       const Matrix& w = matrix();
       Linear l{};
@@ -404,7 +411,7 @@ void Program::execute(const Instruction& in, const Batch& batch, const KvCache& 
                                rows.begin, rows.end);
     }
     case Kind::attend: {
-      const Attend a{all,       floats(in.x), stride(in.x), cache.layer(in.layer), in.n_heads,
+      const Attend a{all,       floats(in.x), stride(in.x),   cache.layer(in.layer), in.n_heads,
                      in.number, in.window,    floats(in.out), stride(in.out)};
       const Share items(batch.n_tokens * in.n_kv_heads, 1, thread, size);
       return kernels_.attend(a, items.begin, items.end, scratch);

@@ -65,8 +65,8 @@ class Program {
   Program(i64 max_tokens, i64 vocab_size);
 
   // Recording. What does not fit together throws std::invalid_argument.
-  int add_matrix(const Matrix& matrix);       // -> its number; the data must outlive the program
-  int add_vector(const float* data, i64 n);   // -> its number
+  int add_matrix(const Matrix& matrix);      // -> its number; the data must outlive the program
+  int add_vector(const float* data, i64 n);  // -> its number
   View embed(int table);
   View positions(View x, int table);
   View layer_norm(View x, int weight, int bias, float eps);
@@ -91,8 +91,21 @@ class Program {
   i64 buffer_bytes() const { return arena_.size(); }
 
  private:
-  enum class Kind { embed, positions, layer_norm, rms_norm, quantize, round, linear, angles, keys_values, attend, gate, add,
-                    gather };
+  enum class Kind {
+    embed,
+    positions,
+    layer_norm,
+    rms_norm,
+    quantize,
+    round,
+    linear,
+    angles,
+    keys_values,
+    attend,
+    gate,
+    add,
+    gather
+  };
 
   struct Vector {
     const float* data;
@@ -130,7 +143,8 @@ class Program {
   const Vector* vector(int number, i64 n) const;
   void check(const Batch& batch, const KvCache& cache) const;
   bool by_rows(const Instruction& instruction) const;
-  void execute(const Instruction& in, const Batch& batch, const KvCache& cache, int thread, int size, void* scratch) const;
+  void execute(const Instruction& in, const Batch& batch, const KvCache& cache, int thread, int size,
+               void* scratch) const;
   float* floats(const View& view) const;
   i64 stride(const View& view) const;
   static bool same(const View& a, const View& b) {

@@ -98,7 +98,9 @@ inline I set_int(i32 a) { return _mm512_set1_epi32(a); }
 inline I shift_left_23(I a) { return _mm512_slli_epi32(a, 23); }
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline I load_int(const i32* p) { return _mm512_loadu_si512(p); }
-inline I load_halves_first(const void* p, i64 n) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline I load_halves_first(const void* p, i64 n) {
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p));
+}
 inline I pair_halves(I even, I odd) { return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)); }
 // Into the second cache: the first has too few places for what is on its way (on Zen 4, half the speed).
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
@@ -316,7 +318,7 @@ inline F sigmoid(F x) { return set(1) / (set(1) + exp(zero() - x)); }
 inline F erfc_positive(F z) {
   const F t = set(1) / fma(set(0.5f), z, set(1));
   F p = set(0.1521713f);
-  constexpr float fit[] = {-0.7201576f, 1.2489851f, -0.8185366f, 0.02035049f, -0.05186152f,
+  constexpr float fit[] = {-0.7201576f, 1.2489851f,  -0.8185366f, 0.02035049f, -0.05186152f,
                            0.0525327f,  0.38292455f, 0.9990604f,  -1.2654687f};
   for (const float k : fit) p = fma(p, t, set(k));
   return t * exp(p - z * z);

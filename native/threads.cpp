@@ -58,12 +58,15 @@ int usable_processors() {
 void Spin::pause() {
   // Some microseconds of waiting; past that, whom we wait for may need this very processor. (Spinning for 2,000 turns
   // made a token ten times slower where another process had one of two processors.)
-  if (++turns_ < 200) relax();
-  else std::this_thread::yield();
+  if (++turns_ < 200)
+    relax();
+  else
+    std::this_thread::yield();
 }
 
 Pool::Pool(int n) : size_(n), forks_(forks.load()) {
-  void* memory = mmap(nullptr, static_cast<size_t>(n * kScratch), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      mmap(nullptr, static_cast<size_t>(n * kScratch), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   scratch_ = static_cast<std::uint8_t*>(memory);
   for (int i = 1; i < n; i++) threads_.emplace_back([this, i] { work(i); });

@@ -61,10 +61,10 @@ class Pool {
   void (*job_)(void*, int) = nullptr;
   void* context_ = nullptr;
   bool stop_ = false;
-  alignas(64) std::atomic<std::uint32_t> started_{0};   // jobs started so far; what workers wait for
-  alignas(64) std::atomic<int> running_{0};             // workers that have not finished the job
-  alignas(64) std::atomic<int> arrived_{0};             // threads at the barrier
-  alignas(64) std::atomic<std::uint32_t> passed_{0};    // barriers passed so far
+  alignas(64) std::atomic<std::uint32_t> started_{0};  // jobs started so far; what workers wait for
+  alignas(64) std::atomic<int> running_{0};            // workers that have not finished the job
+  alignas(64) std::atomic<int> arrived_{0};            // threads at the barrier
+  alignas(64) std::atomic<std::uint32_t> passed_{0};   // barriers passed so far
 };
 
 // The part of `n` items, in units of `unit`, that falls to one of `size` threads.

@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import houses
 import numpy as np
 import pytest
-from variants import save
 
+import houses
 from pronghorn.models import model_for
 from pronghorn.ops import PAGE
 from pronghorn.ops.cpu import CpuRunner
 from pronghorn.weights import open_checkpoint, quantize
 from pronghorn.weights.types import Module
+from variants import save
 
 N_PAGES = 64
 
@@ -62,7 +62,10 @@ def check(folder: Path, dtype: str, kv_dtype: str, rounds: int) -> None:
     config = runners[1].model.config
     longest = min(config.context, 90)
     sequences = [
-        [chooser.randrange(config.vocab_size) for _ in range(chooser.choice([1, 2, 31, 32, 33, 64, longest]) % longest + 1)]
+        [
+            chooser.randrange(config.vocab_size)
+            for _ in range(chooser.choice([1, 2, 31, 32, 33, 64, longest]) % longest + 1)
+        ]
         for _ in range(7)
     ]
     expected = [alone(runners[1], ids) for ids in sequences]
@@ -71,7 +74,9 @@ def check(folder: Path, dtype: str, kv_dtype: str, rounds: int) -> None:
         for threads, runner in runners.items():
             for i, logits in enumerate(in_company(runner, sequences, chooser)):
                 differing = int((logits != expected[i]).sum())
-                assert differing == 0, f"sequence {i} of {len(sequences[i])} tokens, {threads} threads: {differing} differ"
+                assert differing == 0, (
+                    f"sequence {i} of {len(sequences[i])} tokens, {threads} threads: {differing} differ"
+                )
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])

@@ -7,11 +7,10 @@ import multiprocessing
 import os
 from pathlib import Path
 
-import houses
 import numpy as np
 import pytest
-from variants import VARIANTS, save
 
+import houses
 from pronghorn import _native
 from pronghorn.errors import CheckpointError
 from pronghorn.models import model_for
@@ -19,6 +18,7 @@ from pronghorn.ops.cpu import CpuRunner
 from pronghorn.ops.reference import to_array
 from pronghorn.weights import open_checkpoint, quantize
 from pronghorn.weights.types import Dense, Int4, Int8, Matrix, Module
+from variants import VARIANTS, save
 
 POOL = _native.Pool(2)
 SHAPES = [(1, 1), (3, 7), (16, 32), (17, 33), (15, 64), (33, 100), (48, 31), (5, 200), (64, 129)]
@@ -96,7 +96,9 @@ def test_dense_conversions_round_to_nearest() -> None:
     values = np.concatenate(
         [
             random_matrix(40, 60).ravel(),
-            np.array([0, -0.0, 1e-40, 65504, 65519.99, 65520, -1e30, np.inf, -np.inf, 6e-8, 2.98e-8, 2.99e-8], np.float32),
+            np.array(
+                [0, -0.0, 1e-40, 65504, 65519.99, 65520, -1e30, np.inf, -np.inf, 6e-8, 2.98e-8, 2.99e-8], np.float32
+            ),
             np.float32(2.0) ** np.arange(-30, 20, dtype=np.float32) * np.float32(1.00048828125),
         ]
     ).astype(np.float32)[None]
@@ -128,9 +130,14 @@ def test_gguf_blocks_of_our_own_kind_are_taken_over_exactly(dtype: str) -> None:
         packed = Int8(data, n_out, n_in, 32) if dtype == "q8_0" else Int4(data, n_out, n_in, 32, target.symmetric)
         # ggml forms scale * q + minimum in f32, whose rounding the exact numbers do not have.
         np.testing.assert_allclose(to_array(packed), plain, rtol=2**-23, atol=2**-22)
-        assert quantize.how(
-            houses.Parameter((n_out, n_in), "matrix"), quantize.Tensor("w", dtype, (n_out, n_in), memoryview(raw)), target
-        ) == "packed"
+        assert (
+            quantize.how(
+                houses.Parameter((n_out, n_in), "matrix"),
+                quantize.Tensor("w", dtype, (n_out, n_in), memoryview(raw)),
+                target,
+            )
+            == "packed"
+        )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
@@ -199,7 +206,7 @@ def test_a_damaged_cache_file_is_noticed_and_rebuilt(
     again = prepared(checkpoint_folder, "int8")
     assert "packing the weights again" in caplog.text
     assert str(file) in caplog.text
-    os.unlink(file)
+    file.unlink()
     assert same(prepared(checkpoint_folder, "int8"), again)
 
 
@@ -258,18 +265,14 @@ def test_without_room_the_weights_are_kept_in_memory(
 def test_an_error_names_the_tensor(tmp_path: Path) -> None:
     folder = save("llama-gqa", tmp_path)
     source = folder / "model.safetensors"
+    checkpoint = open_checkpoint(folder)
+    name, tensor = next((n, t) for n, t in checkpoint.tensors.items() if n.endswith("layers.1.mlp.up_proj.weight"))
     raw = bytearray(source.read_bytes())
-    raw[-4:] = np.float32(np.nan).tobytes()
+    at = bytes(raw).index(bytes(tensor.data))
+    raw[at : at + 4] = np.float32(np.nan).tobytes()
     source.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=r"tensor model\..* \(f32\) holds values that are not finite"):
-        checkpoint = open_checkpoint(folder)
-        model = model_for(checkpoint.config)
-        tensors = model.resolve(checkpoint.tensors)
-        parameters = {name: houses.Parameter(p.shape, "matrix") for name, p in model.parameters().items() if len(p.shape) == 2}
-        last = max(tensors.values(), key=lambda t: t.name)
-        name = next(n for n, t in tensors.items() if t is last)
-        parameters[name] = houses.Parameter((1, last.data.nbytes // 4), "matrix")
-        quantize.prepare(checkpoint, parameters, tensors, "int8")
+    with pytest.raises(CheckpointError, match=rf"tensor {name} \(f32\) holds values that are not finite"):
+        prepared(folder, "int8")
 
 
 def test_describe_says_what_becomes_of_each_weight(default_model: Path) -> None:

@@ -11,7 +11,7 @@ PAGE: int
 """Tokens in a page of the KV cache: ops.PAGE."""
 
 def isa() -> str:
-    """The instruction set in use: PRONGHORN_ISA, or the best of `available_isas`. RuntimeError if that has not got it."""
+    """The instruction set in use: PRONGHORN_ISA, or the best. RuntimeError if the machine has not got it."""
 
 def available_isas() -> list[str]:
     """The instruction sets that this machine can run, best first."""
@@ -32,9 +32,7 @@ def read_memory(data: Buffer, pool: Pool) -> int:
 class KvCache:
     """Keys and values of all layers, in pages. `format` is f32 or bf16. Memory is taken when it is first touched."""
 
-    def __init__(
-        self, n_layers: int, n_pages: int, n_kv_heads: int, head_dim: int, format: str, /
-    ) -> None: ...
+    def __init__(self, n_layers: int, n_pages: int, n_kv_heads: int, head_dim: int, format: str, /) -> None: ...
     @property
     def nbytes(self) -> int: ...
 
@@ -67,14 +65,10 @@ class Program:
     def positions(self, x: View, table: int, /) -> View: ...
     def layer_norm(self, x: View, weight: int, bias: int, eps: float, /) -> View: ...
     def rms_norm(self, x: View, weight: int, eps: float, /) -> View: ...
-    def linear(
-        self, x: View, matrix: int, bias: int, activation: str, residual: View | None
-    ) -> View: ...
+    def linear(self, x: View, matrix: int, bias: int, activation: str, residual: View | None) -> View: ...
     def gate(self, gate: View, up: View, activation: str, /) -> View: ...
     def add(self, x: View, y: View, /) -> View: ...
-    def rope(
-        self, frequencies: tuple[float, ...], interleaved: bool, magnitude: float, /
-    ) -> int: ...
+    def rope(self, frequencies: tuple[float, ...], interleaved: bool, magnitude: float, /) -> int: ...
     def attention(
         self,
         q: View,
@@ -152,14 +146,10 @@ class Sampler:
         withheld: Sequence[int],
         min_tokens: int,
     ) -> None: ...
-    def choose(
-        self, logits: Buffer, row: int, vocabulary: int, history: Buffer, n_prompt: int
-    ) -> int: ...
+    def choose(self, logits: Buffer, row: int, vocabulary: int, history: Buffer, n_prompt: int) -> int: ...
 
 def log_probabilities(
     logits: Buffer, row: int, vocabulary: int, chosen: int, n_top: int
 ) -> list[tuple[int, float]]: ...
-def philox(
-    c0: int, c1: int, c2: int, c3: int, key: int, /
-) -> tuple[int, int, int, int]:
+def philox(c0: int, c1: int, c2: int, c3: int, key: int, /) -> tuple[int, int, int, int]:
     """Four words of the counter-based generator."""

@@ -65,13 +65,13 @@ class Ops(Protocol[X]):
         """Rows of `table [vocabulary, embd]` for the batch's token ids -> [tokens, embd]."""
 
     def positions(self, x: X, table: Matrix) -> X:
-        """x + table[position] for learned positions -> [tokens, embd]."""
+        """Gives x + table[position] for learned positions -> [tokens, embd]."""
 
     def layer_norm(self, x: X, norm: Module, eps: float) -> X:
         """(x - mean) / sqrt(var + eps) * norm.weight + norm.bias (bias optional)."""
 
     def rms_norm(self, x: X, norm: Module, eps: float) -> X:
-        """x / sqrt(mean(x^2) + eps) * norm.weight, over each run of len(weight) values of a row.
+        """Gives x / sqrt(mean(x^2) + eps) * norm.weight, over each run of len(weight) values of a row.
 
         A weight as long as the row is the usual norm; one of head_dim is Qwen3's norm of every head.
         """
@@ -92,10 +92,10 @@ class Ops(Protocol[X]):
         """activation(gate) * up."""
 
     def add(self, x: X, y: X) -> X:
-        """x + y."""
+        """X + y."""
 
     def logits(self, x: X, module: Module) -> X:
-        """x[batch.logits_rows] @ weight.T + bias -> [len(logits_rows), vocabulary], float32."""
+        """Gives x[batch.logits_rows] @ weight.T + bias -> [len(logits_rows), vocabulary], float32."""
 
 
 @dataclass(slots=True)

@@ -77,9 +77,7 @@ class CpuOps:
     def rms_norm(self, x: View, norm: Module, eps: float) -> View:
         return self.program.rms_norm(x, self._vector(norm.weight), eps)
 
-    def linear(
-        self, x: View, module: Module, activation: str | None = None, residual: View | None = None
-    ) -> View:
+    def linear(self, x: View, module: Module, activation: str | None = None, residual: View | None = None) -> View:
         bias = self._vector(module.get("bias"))
         return self.program.linear(x, self._matrix(module.weight), bias, activation or "", residual)
 

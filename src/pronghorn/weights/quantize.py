@@ -1,22 +1,21 @@
 """Weights as the kernels read them: mapped as they are where possible, else converted once and kept in the cache.
 
-What is converted goes into one safetensors file of bytes (`U8`) in the cache folder, named by its source and target.
-Its header's metadata has the identity of the source (path, size, time of change), the plan, and a checksum of all data,
-which is verified at every load: a damaged or stale file is rebuilt. It is written beside its place, synced, and renamed.
+What is converted goes into one safetensors file of bytes (`U8`) in the cache folder. Its name depends on the source
+(path, size, time of change), the target and FORMAT; its header has a checksum of all data, which is verified at every
+load. A stale or damaged file is rebuilt. It is written beside its place, synced, and renamed.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pronghorn.errors import CheckpointError
 from pronghorn.weights.types import DTYPES, Dense, Int4, Int8, Matrix, Tensor
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pronghorn._native import Pool
     from pronghorn.models.base import Parameter
     from pronghorn.weights import Checkpoint
@@ -107,11 +106,7 @@ def prepare(
     """
     plan = {name: target_of(parameter, tensors[name], dtype) for name, parameter in parameters.items()}
     data = {name: tensors[name].data for name in plan if tensors[name].dtype == plan[name].format}
-    todo = {
-        name: packed_bytes(parameters[name], plan[name])
-        for name in plan
-        if name not in data
-    }
+    todo = {name: packed_bytes(parameters[name], plan[name]) for name in plan if name not in data}
     if todo:
         from pronghorn._native import Pool, usable_processors
 
@@ -256,9 +251,9 @@ class Jobs:
             text = text.replace("0" * 16, f"{checksum(view[start:], self.pool):016x}", 1)
             view[:start] = len(text).to_bytes(8, "little") + text.encode()
             os.fsync(fd)
-            os.replace(temporary, path)
+            Path(temporary).replace(path)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink()
             raise
         finally:
             os.close(fd)
