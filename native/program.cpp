@@ -248,6 +248,67 @@ void Program::logits(View x, int matrix, int bias) {
   append(Kind::linear, {rows}, {linear.values, linear.scales, linear.sums}) = linear;
 }
 
+Program::Accesses Program::accesses(const Instruction& in) const {
+  constexpr i64 kNothing = -1, kLogits = -2;
+  const i64 pages = -3 - in.layer;
+  Accesses a;
+  const auto read = [&](i64 n) { a.reads.push_back(n); };
+  const auto write = [&](i64 n) { a.writes.push_back(n); };
+  const i64 cos = in.rope < 0 ? kNothing : ropes_[static_cast<size_t>(in.rope)].cos;
+  const i64 sin = in.rope < 0 ? kNothing : ropes_[static_cast<size_t>(in.rope)].sin;
+  switch (in.kind) {
+    case Kind::positions:
+      read(in.out.buffer);
+      [[fallthrough]];
+    case Kind::embed:
+      write(in.out.buffer);
+      break;
+    case Kind::quantize:
+    case Kind::round:
+      read(in.x.buffer), write(in.values), write(in.scales), write(in.sums);
+      break;
+    case Kind::linear:
+      read(in.values < 0 ? in.x.buffer : in.values), read(in.scales), read(in.sums), read(in.z.buffer);
+      write(in.to_logits ? kLogits : in.out.buffer);
+      break;
+    case Kind::angles:
+      write(cos), write(sin);
+      break;
+    case Kind::keys_values:
+      read(cos), read(sin), read(in.x.buffer), read(in.y.buffer), read(in.z.buffer);
+      write(in.x.buffer), write(in.y.buffer), write(pages);
+      break;
+    case Kind::attend:
+      read(in.x.buffer), read(pages), write(in.out.buffer);
+      break;
+    default:  // norms, gate, add, gather
+      read(in.x.buffer), read(in.y.buffer), write(in.out.buffer);
+  }
+  std::erase_if(a.reads, [](i64 n) { return n == kNothing; });
+  std::erase_if(a.writes, [](i64 n) { return n == kNothing; });
+  return a;
+}
+
+// A barrier stands before an instruction that needs what other threads have written since the last one, or would write
+// over what they may still read. Work on rows alone meets only its own: all such work is shared out alike.
+void Program::place_barriers() {
+  const auto by_rows = [](Kind k) { return k != Kind::linear && k != Kind::attend && k != Kind::gather; };
+  const auto meet = [](const std::vector<i64>& a, const std::vector<i64>& b) {
+    return std::any_of(a.begin(), a.end(), [&](i64 n) { return std::find(b.begin(), b.end(), n) != b.end(); });
+  };
+  size_t last = 0;  // the first instruction after the last barrier
+  std::vector<Accesses> all;
+  for (size_t i = 0; i < instructions_.size(); i++) {
+    Instruction& in = instructions_[i];
+    all.push_back(accesses(in));
+    for (size_t j = last; j < i && !in.barrier; j++)
+      in.barrier = !(by_rows(in.kind) && by_rows(instructions_[j].kind)) &&
+                   (meet(all[j].writes, all[i].reads) || meet(all[j].writes, all[i].writes) ||
+                    meet(all[j].reads, all[i].writes));
+    if (in.barrier) last = i;
+  }
+}
+
 void Program::finish() {
   // First fit: a buffer takes the lowest place that is free as long as it lives. That is counted in phases, from
   // barrier to barrier: within one, threads may be at different instructions.
@@ -255,9 +316,9 @@ void Program::finish() {
   struct Place {
     i64 begin, end, first, last;
   };
+  place_barriers();
   std::vector<i64> phase(instructions_.size());
-  for (size_t i = 1; i < instructions_.size(); i++)
-    phase[i] = phase[i - 1] + (by_rows(instructions_[i - 1]) && by_rows(instructions_[i]) ? 0 : 1);
+  for (size_t i = 1; i < instructions_.size(); i++) phase[i] = phase[i - 1] + instructions_[i].barrier;
   std::vector<Place> places;
   std::vector<i64> offsets(buffers_.size());
   i64 total = 0;
@@ -317,19 +378,12 @@ void Program::check(const Batch& batch, const KvCache& cache) const {
               "the KV cache is not this program's");
 }
 
-// Work on a row that needs nothing of another row: no barrier between two of these.
-bool Program::by_rows(const Instruction& in) const {
-  return in.kind != Kind::linear && in.kind != Kind::attend && in.kind != Kind::gather;
-}
-
 const float* Program::run(const Batch& batch, const KvCache& cache, Pool& pool) {
   check(batch, cache);
   pool.run([&](int thread) {
-    const Instruction* before = nullptr;
     for (const Instruction& in : instructions_) {
-      if (before && !(by_rows(*before) && by_rows(in))) pool.barrier();  // phases of finish()
+      if (in.barrier) pool.barrier();
       execute(in, batch, cache, thread, pool.size(), pool.scratch(thread));
-      before = &in;
     }
   });
   return reinterpret_cast<const float*>(logits_.data());

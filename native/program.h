@@ -133,6 +133,11 @@ class Program {
     float number = 0;  // eps, or attention's scale
     i64 layer = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, window = 0, group = 0;
     bool to_logits = false;
+    bool barrier = false;  // before it: set by finish()
+  };
+  // What an instruction reads and writes: buffers, and what has numbers below zero (the logits, each layer's pages).
+  struct Accesses {
+    std::vector<i64> reads, writes;
   };
 
   int new_buffer(i64 row_bytes, bool logits);
@@ -142,7 +147,8 @@ class Program {
   Instruction linear_instruction(View x, int matrix, int bias, Activation activation, View residual);
   const Vector* vector(int number, i64 n) const;
   void check(const Batch& batch, const KvCache& cache) const;
-  bool by_rows(const Instruction& instruction) const;
+  Accesses accesses(const Instruction& instruction) const;
+  void place_barriers();
   void execute(const Instruction& in, const Batch& batch, const KvCache& cache, int thread, int size,
                void* scratch) const;
   float* floats(const View& view) const;

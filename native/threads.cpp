@@ -74,7 +74,7 @@ Pool::Pool(int n) : size_(n), forks_(forks.load()) {
 
 Pool::~Pool() {
   if (forks.load() != forks_) {
-    for (std::thread& t : threads_) t.detach();  // they never were in this process
+    new std::vector<std::thread>(std::move(threads_));  // they never were in this process: neither joined nor detached
     return;
   }
   stop_ = true;

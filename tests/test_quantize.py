@@ -186,7 +186,7 @@ def test_packed_weights_are_kept_and_mapped(checkpoint_folder: Path, dtype: str,
     assert open_checkpoint(checkpoint_folder).tensors  # the source is as it was
 
 
-@pytest.mark.parametrize("place", ["data", "header", "end", "empty"])
+@pytest.mark.parametrize("place", ["data", "header", "end", "empty", "bare"])
 def test_a_damaged_cache_file_is_noticed_and_rebuilt(
     checkpoint_folder: Path, tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -199,6 +199,8 @@ def test_a_damaged_cache_file_is_noticed_and_rebuilt(
         raw[20] ^= 1
     elif place == "end":
         del raw[-100:]
+    elif place == "bare":
+        raw[:] = (2).to_bytes(8, "little") + b"{}"
     else:
         raw.clear()
     del first
@@ -279,9 +281,14 @@ def test_describe_says_what_becomes_of_each_weight(default_model: Path) -> None:
     checkpoint = open_checkpoint(default_model)
     model = model_for(checkpoint.config)
     plan = quantize.describe(model.parameters(), model.resolve(checkpoint.tensors))
-    assert plan["embed_tokens.weight"] == ("q8_0", "int8 in groups of 32", "packed")
-    assert plan["layers.0.mlp.up_proj.weight"] == ("q4_1", "int4 in groups of 32", "packed")
-    assert plan["norm.weight"] == ("f32", "f32", "mapped")
+    assert plan["embed_tokens.weight"] == (
+        "q8_0",
+        "int8 in groups of 32",
+        "packed",
+        49152 // 16 * (18 * 32 + 144 * 64) + 1024,
+    )
+    assert plan["layers.0.mlp.up_proj.weight"][:3] == ("q4_1", "int4 in groups of 32", "packed")
+    assert plan["norm.weight"] == ("f32", "f32", "mapped", 4 * 576)
 
 
 # ---- what precision costs ----------------------------------------------------------------------------------------

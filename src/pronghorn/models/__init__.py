@@ -5,20 +5,34 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from pronghorn.errors import ConfigError
+from pronghorn.errors import CheckpointError
 from pronghorn.models.base import Model, Parameter
-from pronghorn.models.config import Config, shown
+from pronghorn.models.config import Config, Fields
+from pronghorn.weights import Checkpoint
+from pronghorn.weights.types import Tensor
 
-__all__ = ["ARCHITECTURES", "Config", "Model", "Parameter", "model_for"]
+__all__ = ["ARCHITECTURES", "Config", "Model", "Parameter", "model_for", "model_of"]
 
 ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama"}
 """The file of each `model_type`; variants of one architecture share a file, and are rows of a table there."""
 
 
-def model_for(config: dict[str, Any]) -> Model:
-    """The model that a config.json describes. Raises ConfigError for what is wrong or not implemented."""
-    model_type = config.get("model_type")
+def model_for(config: dict[str, Any], what: str = "config.json") -> Model:
+    """The model that a config.json describes. Raises ConfigError, beginning with `what`, for what is wrong in it."""
+    fields = Fields(config, what)
+    model_type = fields.take("model_type", None)
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise ConfigError(f"config.json: model_type is {shown(model_type)}: expected one of {', '.join(ARCHITECTURES)}")
-    model: Model = import_module(f"{__name__}.{ARCHITECTURES[model_type]}").model(config)
+        raise fields.fault("model_type", model_type, f"one of {', '.join(ARCHITECTURES)}")
+    model: Model = import_module(f"{__name__}.{ARCHITECTURES[model_type]}").model(fields, model_type)
     return model
+
+
+def model_of(checkpoint: Checkpoint) -> tuple[Model, dict[str, Tensor]]:
+    """The checkpoint's model, and its tensors by parameter name. Every error names the file."""
+    file = checkpoint.files[0]
+    what = file if checkpoint.format == "gguf" else file.parent / "config.json"
+    model = model_for(checkpoint.config, str(what))
+    try:
+        return model, model.resolve(checkpoint.tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from pronghorn.errors import CheckpointError
 from pronghorn.models.config import Config
@@ -12,8 +11,7 @@ from pronghorn.ops import Ops, X
 from pronghorn.weights.types import Module, Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
+class Parameter(NamedTuple):
     """A weight that a model needs.
 
     `kind` is "matrix" (linear layers and embeddings: what may be quantized), "table" (learned positions) or

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any
 
 from pronghorn.errors import ConfigError
 from pronghorn.models import base
@@ -14,7 +12,6 @@ from pronghorn.ops import Attention, Ops, X
 from pronghorn.weights.types import Module
 
 
-@dataclass(frozen=True)
 class GPT2Config(Config):
     """What GPT-2 adds to the common sizes."""
 
@@ -76,9 +73,8 @@ def mlp(ops: Ops[X], x: X, w: Module, activation: str, residual: X) -> X:
     return ops.linear(ops.linear(x, w.c_fc, activation=activation), w.c_proj, residual=residual)
 
 
-def model(config: dict[str, Any]) -> GPT2:
-    """The model of a config.json. Raises ConfigError."""
-    fields = Fields(config)
+def model(fields: Fields, model_type: str) -> GPT2:
+    """The model of a configuration. Raises ConfigError."""
     embd = fields.integer("n_embd")
     n_heads = fields.integer("n_head", high=1 << 12)
     if embd % n_heads:
@@ -88,7 +84,7 @@ def model(config: dict[str, Any]) -> GPT2:
     scale = head_dim**-0.5 if fields.flag("scale_attn_weights", True) else 1.0
     by_layer = fields.flag("scale_attn_by_inverse_layer_idx", False)
     cfg = GPT2Config(
-        model_type="gpt2",
+        model_type=model_type,
         n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_heads,

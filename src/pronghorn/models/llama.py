@@ -6,8 +6,7 @@ Mistral (arXiv:2310.06825), Qwen2 (arXiv:2407.10671), Qwen3 (arXiv:2505.09388), 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from pronghorn.models import base
 from pronghorn.models.base import Parameter
@@ -17,7 +16,6 @@ from pronghorn.ops import Attention, Ops, X
 from pronghorn.weights.types import Module
 
 
-@dataclass(frozen=True)
 class LlamaConfig(Config):
     """What Llama adds to the common sizes."""
 
@@ -27,8 +25,7 @@ class LlamaConfig(Config):
     head_norms: bool  # q and k are normed head by head
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """How a model_type differs, as transformers' configuration of that name has it."""
 
     biases: str = ""  # "asked": as attention_bias says; "qkv": always, but not in the output's projection
@@ -108,9 +105,8 @@ def mlp(ops: Ops[X], x: X, w: Module, cfg: LlamaConfig, residual: X) -> X:
     return ops.linear(x, w.down_proj, residual=residual)  # [tokens, embd]
 
 
-def model(config: dict[str, Any]) -> Llama:
-    """The model of a config.json. Raises ConfigError."""
-    fields, model_type = Fields(config), config["model_type"]
+def model(fields: Fields, model_type: str) -> Llama:
+    """The model of a configuration. Raises ConfigError."""
     variant = VARIANTS[model_type]
     n_layers = fields.integer("num_hidden_layers", high=1 << 10)
     embd, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads", high=1 << 12)

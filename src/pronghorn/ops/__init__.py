@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from pronghorn.weights.types import Matrix, Module
 
@@ -24,8 +23,7 @@ ACTIVATIONS = ("gelu", "gelu_new", "silu", "relu")
 """gelu: x/2 (1 + erf(x/sqrt 2)). gelu_new: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). silu: x sigmoid(x)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rope:
+class Rope(NamedTuple):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
     Pair i of a head turns by position * frequencies[i], and is multiplied by `magnitude` (YaRN's factor).
@@ -38,8 +36,7 @@ class Rope:
     magnitude: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Attention:
+class Attention(NamedTuple):
     """One layer's attention: scores are scale * (q . k), softmax over the keys that a query may see.
 
     Query head h reads key head h // (n_heads / n_kv_heads). A query at position p sees keys 0..p, or with a
@@ -98,19 +95,30 @@ class Ops(Protocol[X]):
         """Gives x[batch.logits_rows] @ weight.T + bias -> [len(logits_rows), vocabulary], float32."""
 
 
-@dataclass(slots=True)
 class Batch:
     """What one step computes, flat: prompt chunks and decoding tokens of many sequences side by side.
 
-    All are arrays of 32-bit integers (`array("i")`), so that native code reads them without a copy.
+    All are arrays of 32-bit integers (`array("i")`), so that native code reads them without a copy; N tokens of R
+    sequences, L rows of logits.
     """
 
-    token_ids: array[int] = field(default_factory=lambda: array("i"))  # [N]
-    positions: array[int] = field(default_factory=lambda: array("i"))  # [N] absolute, from 0
-    sequence: array[int] = field(default_factory=lambda: array("i"))  # [N] row of the page table
-    page_table: array[int] = field(default_factory=lambda: array("i"))  # [R, table_width] flat
-    table_width: int = 0  # P: pages a sequence may have
-    logits_rows: array[int] = field(default_factory=lambda: array("i"))  # [L] indices into N, ascending
+    __slots__ = ("logits_rows", "page_table", "positions", "sequence", "table_width", "token_ids")
+
+    def __init__(
+        self,
+        token_ids: array[int] | None = None,  # [N]
+        positions: array[int] | None = None,  # [N] absolute, from 0
+        sequence: array[int] | None = None,  # [N] row of the page table
+        page_table: array[int] | None = None,  # [R, table_width] flat
+        table_width: int = 0,  # pages that a sequence may have
+        logits_rows: array[int] | None = None,  # [L] indices into N, ascending
+    ) -> None:
+        self.token_ids = array("i") if token_ids is None else token_ids
+        self.positions = array("i") if positions is None else positions
+        self.sequence = array("i") if sequence is None else sequence
+        self.page_table = array("i") if page_table is None else page_table
+        self.table_width = table_width
+        self.logits_rows = array("i") if logits_rows is None else logits_rows
 
 
 class Runner(Protocol):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pronghorn.weights.files import fail, map_file, nature, read_json, shown
 from pronghorn.weights.types import Tensor
@@ -18,16 +17,14 @@ _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt")
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizerSource:
+class TokenizerSource(NamedTuple):
     """Where a model's tokenizer is: in a folder's files, or in a GGUF file's metadata (decoded when read)."""
 
     folder: Path | None = None
     gguf: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A model's files, mapped.
 
     `config` is in the vocabulary of Hugging Face's config.json, and `tensors` have the names that transformers

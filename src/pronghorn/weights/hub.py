@@ -32,7 +32,12 @@ def cache_folder() -> Path:
     """`$PRONGHORN_CACHE`, else `$XDG_CACHE_HOME/pronghorn`, else `~/.cache/pronghorn`; it need not exist."""
     if folder := os.environ.get("PRONGHORN_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pronghorn"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "pronghorn"
+    try:
+        return Path.home() / ".cache" / "pronghorn"
+    except RuntimeError:
+        raise CheckpointError("there is no home folder to keep models in: name one by PRONGHORN_CACHE") from None
 
 
 def resolve(name: str) -> Path:
@@ -42,7 +47,7 @@ def resolve(name: str) -> Path:
     folder = cache_folder() / "models"
     if name and "\0" not in name and not name.startswith((".", "/")) and ".." not in Path(name).parts:
         for path in (folder / name, folder / f"{name}.gguf"):
-            if path.exists():
+            if os.path.exists(path):  # noqa: PTH110 (Path's raises for a folder that may not be read)
                 return path
     try:
         there = [

@@ -84,12 +84,13 @@ def how(parameter: Parameter, tensor: Tensor, target: Target) -> str:
 
 def describe(
     parameters: Mapping[str, Parameter], tensors: Mapping[str, Tensor], dtype: str = "auto"
-) -> dict[str, tuple[str, str, str]]:
-    """What `prepare` would do: by weight (dtype of the file, target, "mapped" | "packed" | "converted")."""
-    plan: dict[str, tuple[str, str, str]] = {}
+) -> dict[str, tuple[str, str, str, int]]:
+    """What `prepare` would do: by weight (dtype of the file, target, "mapped" | "packed" | "converted", its bytes)."""
+    plan: dict[str, tuple[str, str, str, int]] = {}
     for name, parameter in parameters.items():
         target = target_of(parameter, tensors[name], dtype)
-        plan[name] = (tensors[name].dtype, str(target), how(parameter, tensors[name], target))
+        size = packed_bytes(parameter, target)
+        plan[name] = (tensors[name].dtype, str(target), how(parameter, tensors[name], target), size)
     return plan
 
 
@@ -173,7 +174,8 @@ class Jobs:
         import mmap
 
         results = {name: memoryview(mmap.mmap(-1, size)) for name, size in self.sizes.items()}
-        for name in self.progress(self.sizes):
+        names = self.sizes if sum(self.sizes.values()) <= SMALL else self.progress()
+        for name in names:
             self.convert(name, results[name])
         return results
 
@@ -185,7 +187,7 @@ class Jobs:
         place, key = digest(identity["files"][0][0])[:12], digest(identity)[:16]
         folder = cache_folder() / "packed"
         path = folder / f"{place}-{dtype}-{key}.safetensors"
-        if path.exists():
+        if os.path.exists(path):  # noqa: PTH110 (Path's raises for a folder that may not be read)
             try:
                 return self.mapped(path)
             except CheckpointError as error:
@@ -218,7 +220,7 @@ class Jobs:
         view = map_file(path)
         found = read_safetensors(path, view)
         length = int.from_bytes(view[:8], "little")
-        metadata = parse_json(view[8 : 8 + length], path)["__metadata__"]
+        metadata = parse_json(view[8 : 8 + length], path).get("__metadata__", {})
         if metadata.get("checksum") != f"{checksum(view[8 + length :], self.pool):016x}":
             fail(path, "is damaged (its checksum differs)")
         if any(name not in found or found[name].data.nbytes < size for name, size in self.sizes.items()):
@@ -245,7 +247,7 @@ class Jobs:
         try:
             os.posix_fallocate(fd, 0, start + end)  # a full disk is an error here, not a signal later
             view = memoryview(mmap.mmap(fd, start + end))
-            for name in self.progress(self.sizes):
+            for name in self.progress():
                 begin = start + header[name]["data_offsets"][0]
                 self.convert(name, view[begin : begin + self.sizes[name]])
             text = text.replace("0" * 16, f"{checksum(view[start:], self.pool):016x}", 1)
@@ -258,12 +260,13 @@ class Jobs:
         finally:
             os.close(fd)
 
-    def progress(self, names: Mapping[str, int]) -> Iterable[str]:
-        """The names, with a bar on a terminal's standard error if they take over a second."""
+    def progress(self) -> Iterable[str]:
+        """The names of all, with a bar on a terminal's standard error if they take over a second."""
         from tqdm import tqdm
 
-        with tqdm(total=sum(names.values()), desc="packing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-            for name, size in names.items():
+        total = sum(self.sizes.values())
+        with tqdm(total=total, desc="packing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
+            for name, size in self.sizes.items():
                 yield name
                 bar.update(size)
 

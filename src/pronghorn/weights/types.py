@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 DTYPES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
 """Plain element types and their sizes in bytes. GGUF's block formats (`q4_0`, ...) are named beside these."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tensor:
+class Tensor(NamedTuple):
     """A named array as it stands in a mapped file. Nothing is read until it is used.
 
     `dtype` is a key of `DTYPES`, or a block format of GGUF (`weights.gguf.BLOCKS`) in lower case.
@@ -25,8 +23,7 @@ class Tensor:
     data: memoryview
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Dense:
+class Dense(NamedTuple):
     """A vector or matrix of floats, in the file's own order.
 
     `dtype` is f32, f16 or bf16. A matrix is `[n_out, n_in]`, or `[n_in, n_out]` where `transposed` (GPT-2's
@@ -47,8 +44,7 @@ class Dense:
         return self.shape[0 if self.transposed else 1]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Int8:
+class Int8(NamedTuple):
     """A matrix `[n_out, n_in]` of 8-bit weights: w = scale * (stored - 128).
 
     Panels of 16 outputs; each panel has its scales, then its inputs in quads `[ceil(n_in/4)][16][4]` of uint8.
@@ -62,8 +58,7 @@ class Int8:
     group: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Int4:
+class Int4(NamedTuple):
     """A matrix `[n_out, n_in]` of 4-bit weights: w = scale * q + minimum, q in 0..15.
 
     Panels of 16 outputs: f16 scales `[n_groups][16]`, then (unless `symmetric`, where minimum = -8 * scale)
