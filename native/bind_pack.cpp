@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "pack.h"
+#include "program.h"
 
 namespace pronghorn {
 
@@ -21,7 +22,10 @@ void bind_pack(nb::module_& m) {
   m.def(
       "packed_size",
       [](const std::string& format, i64 n_out, i64 n_in, i64 group, bool symmetric) {
-        return packed_size(format_named(format), n_out, n_in, group, symmetric);
+        Matrix m;
+        m.format = format_named(format), m.n_out = n_out, m.n_in = n_in, m.group = group;
+        check_matrix(m);
+        return packed_size(m.format, n_out, n_in, group, symmetric);
       },
       nb::arg("format"), nb::arg("n_out"), nb::arg("n_in"), nb::arg("group"), nb::arg("symmetric"));
   m.def(
@@ -31,9 +35,9 @@ void bind_pack(nb::module_& m) {
         const Bytes from(source), to(destination, true);
         Matrix m;
         m.format = format_named(format), m.n_out = n_out, m.n_in = n_in, m.group = group, m.symmetric = symmetric;
-        const bool packed = m.format == Format::int8 || m.format == Format::int4;
-        const i64 size = packed ? packed_size(m.format, n_out, n_in, group, symmetric)
-                                : n_out * n_in * (m.format == Format::f32 ? 4 : 2);
+        check_matrix(m);
+        const i64 size = is_packed(m.format) ? packed_size(m.format, n_out, n_in, group, symmetric)
+                                             : n_out * n_in * (m.format == Format::f32 ? 4 : 2);
         if (to.size() != size) throw std::invalid_argument("the destination's size is not the packed size");
         const Source s = source_of(from, dtype, n_out, n_in, transposed);
         const nb::gil_scoped_release release;

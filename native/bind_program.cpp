@@ -82,9 +82,10 @@ void bind_program(nb::module_& m) {
         const Bytes bytes(data);
         const nb::gil_scoped_release release;
         std::atomic<std::uint64_t> sum{0};
+        const Kernels& kernels = chosen_kernels();
         pool.run([&](int thread) {
           const Share share(bytes.size(), 4096, thread, pool.size());
-          sum += chosen_kernels().read(bytes.data() + share.begin, share.end - share.begin);
+          sum += kernels.read(bytes.data() + share.begin, share.end - share.begin);
         });
         return sum.load();
       },

@@ -94,7 +94,9 @@ const Kernels* kernels_named(const char* name) {
   return nullptr;
 }
 
-const Kernels& chosen_kernels() {
+namespace {
+
+const Kernels& choose_kernels() {
   const char* name = std::getenv("PRONGHORN_ISA");
   if (!name || !*name) return **available_kernels();
   if (const Kernels* k = kernels_named(name)) return *k;
@@ -103,6 +105,13 @@ const Kernels& chosen_kernels() {
     all += (all.empty() ? "" : ", ") + std::string((*k)->isa);
   throw std::runtime_error("PRONGHORN_ISA=" + std::string(name) +
                            " is not an instruction set of this machine (it has " + all + ")");
+}
+
+}  // namespace
+
+const Kernels& chosen_kernels() {
+  static const Kernels& chosen = choose_kernels();  // once: nothing may change it in the middle, or in a thread
+  return chosen;
 }
 
 #if defined(__x86_64__)

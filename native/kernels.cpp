@@ -294,6 +294,7 @@ void linear_bf16_in_out(const Linear& l, i64 begin, i64 end, float* scratch) {
               F& sum = j % 2 ? odd : even;
               sum = fma(set(x[i + j]), load_bf16_first(p, lanes), sum);
             }
+            even = even + zero(), odd = odd + zero();  // as zeros at the end do: -0 becomes 0
           }
           store(sums + v, load(sums + v) + (even + odd));
         }
@@ -567,16 +568,20 @@ void quantize_rows(const float* x, i64 x_stride, i64 n_in, i64 group, std::int8_
     std::int8_t* out = values + row * stride;
     for (i64 g = 0; g < n_groups; g++) {
       const i64 first_input = g * group, last = smaller(n_in, first_input + group);
-      F largest = zero();
-      for (i64 i = first_input; i < last; i += kLanes)
-        largest = max(absolute(load_first(xr + i, smaller(kLanes, last - i))), largest);
+      F largest = zero(),
+        bad = zero();  // what is not finite makes `bad` NaN, and with it the scale: it must not vanish
+      for (i64 i = first_input; i < last; i += kLanes) {
+        const F v = load_first(xr + i, smaller(kLanes, last - i));
+        largest = max(absolute(v), largest);
+        bad = fma(v, zero(), bad);
+      }
       const float top = lanes_max(largest), inverse = top > 1e-36f ? 127 / top : 0;  // smaller: no finite inverse
       i32 sum = 0;
       for (i64 i = first_input; i < last; i += kLanes) {
         const i64 n = smaller(kLanes, last - i);
         sum += store_int8_first(out + i, load_first(xr + i, n) * set(inverse), n);
       }
-      scales[row * n_groups + g] = top / 127;
+      scales[row * n_groups + g] = top / 127 + lanes_sum(bad);
       sums[row * n_groups + g] = sum;
     }
     std::memset(out + n_in, 0, size_t(stride - n_in));

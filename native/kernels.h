@@ -31,15 +31,18 @@ struct Matrix {
   bool symmetric = false;  // int4: no minima are stored
 };
 
-constexpr i64 div_up(i64 a, i64 b) { return (a + b - 1) / b; }
-constexpr i64 round_up(i64 a, i64 b) { return div_up(a, b) * b; }
+// Each source's own (static), so that no instruction set's copy is linked into another.
+static constexpr i64 div_up(i64 a, i64 b) { return (a + b - 1) / b; }
+static constexpr i64 round_up(i64 a, i64 b) { return div_up(a, b) * b; }
+
+static constexpr bool is_packed(Format format) { return format == Format::int8 || format == Format::int4; }
 
 // The packed panel: where its parts are, in bytes from its start.
 struct PanelLayout {
   i64 n_groups, minima, values, size;
 };
 
-constexpr PanelLayout panel_layout(Format format, i64 n_in, i64 group, bool symmetric) {
+static constexpr PanelLayout panel_layout(Format format, i64 n_in, i64 group, bool symmetric) {
   if (format == Format::int8) {
     const i64 n_groups = group ? div_up(n_in, group) : 1;
     const i64 values = group ? round_up(n_groups * kPanel * 2, 64) : kPanel * 4;
@@ -51,7 +54,7 @@ constexpr PanelLayout panel_layout(Format format, i64 n_in, i64 group, bool symm
   return {n_groups, part, values, values + (whole * div_up(group, 8) + div_up(rest, 8)) * 64};
 }
 
-constexpr i64 packed_size(Format format, i64 n_out, i64 n_in, i64 group, bool symmetric) {
+static constexpr i64 packed_size(Format format, i64 n_out, i64 n_in, i64 group, bool symmetric) {
   return div_up(n_out, kPanel) * panel_layout(format, n_in, group, symmetric).size + kSlack;
 }
 

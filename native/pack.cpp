@@ -116,8 +116,10 @@ bool pack_panel(const float* rows, const Matrix& m, const PanelLayout& layout, s
   return true;
 }
 
+bool finite_half(const std::uint8_t* p) { return (p[1] & 0x7c) != 0x7c; }
+
 // The same from GGUF's Q8_0, Q4_0 or Q4_1 blocks of 32, whose codes and scales are ours already.
-void repack_panel(const Source& s, i64 o, const Matrix& m, const PanelLayout& layout, std::uint8_t* panel) {
+bool repack_panel(const Source& s, i64 o, const Matrix& m, const PanelLayout& layout, std::uint8_t* panel) {
   const BlockType& type = *block_type(s.dtype);
   const i64 blocks = s.n_in / 32, outputs = std::min(kPanel, s.n_out - o);
   std::memset(panel, 0, static_cast<size_t>(layout.size));
@@ -127,6 +129,7 @@ void repack_panel(const Source& s, i64 o, const Matrix& m, const PanelLayout& la
     for (i64 g = 0; g < blocks; g++) {
       const std::uint8_t* block = s.data + ((o + r) * blocks + g) * type.bytes;
       std::memcpy(panel + (g * kPanel + r) * 2, block, 2);
+      if (!finite_half(block) || (m.format == Format::int4 && !m.symmetric && !finite_half(block + 2))) return false;
       if (m.format == Format::int8) {
         for (i64 i = 0; i < 32; i++)
           panel[layout.values + (g * 8 + i / 4) * 64 + r * 4 + i % 4] = static_cast<std::uint8_t>(block[2 + i] ^ 128);
@@ -140,6 +143,7 @@ void repack_panel(const Source& s, i64 o, const Matrix& m, const PanelLayout& la
         byte = static_cast<std::uint8_t>(byte | q << (i % 8 < 4 ? 0 : 4));
       }
     }
+  return true;
 }
 
 bool all_finite(const float* x, i64 n) {
@@ -182,7 +186,7 @@ bool packs_exactly(const Source& s, Format format, i64 group, bool symmetric) {
 }
 
 void pack(const Source& s, const Matrix& m, std::uint8_t* data, Pool& pool) {
-  if (m.format != Format::int8 && m.format != Format::int4) return pack_dense(s, m.format, data, pool);
+  if (!is_packed(m.format)) return pack_dense(s, m.format, data, pool);
   const PanelLayout layout = panel_layout(m.format, m.n_in, m.group, m.symmetric);
   const bool exact = packs_exactly(s, m.format, m.group, m.symmetric);
   std::atomic<bool> finite{true};
@@ -194,7 +198,7 @@ void pack(const Source& s, const Matrix& m, std::uint8_t* data, Pool& pool) {
     for (i64 o = share.begin; o < share.end; o += kPanel) {
       std::uint8_t* panel = data + o / kPanel * layout.size;
       if (exact) {
-        repack_panel(s, o, m, layout, panel);
+        if (!repack_panel(s, o, m, layout, panel)) finite = false;
         continue;
       }
       float* w = rows[static_cast<size_t>(thread)].data();

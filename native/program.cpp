@@ -60,14 +60,16 @@ Program::Program(i64 max_tokens, i64 vocab_size)
   require(max_tokens > 0 && vocab_size > 0, "a program has at least one token");
 }
 
+void check_matrix(const Matrix& m) {
+  require(m.n_in > 0 && m.n_in <= kMaxInputs, "a matrix has 1 to 65536 inputs");
+  require(m.n_out > 0 && m.n_out <= INT32_MAX, "a matrix has 1 to 2147483647 outputs");
+  const bool none = m.group == 0 && m.format != Format::int4;
+  require(none || m.group == 32 || (m.group > 0 && m.group % 64 == 0), "groups are of 32 or of a multiple of 64");
+}
+
 int Program::add_matrix(const Matrix& m) {
-  require(m.n_out > 0 && m.n_in > 0 && m.n_in <= kMaxInputs, "a matrix has 1 to 65536 inputs, and outputs");
-  const bool packed = m.format == Format::int8 || m.format == Format::int4;
-  require(packed == (m.order == Order::packed), "int8 and int4 are packed, and nothing else is");
-  if (packed) {
-    const bool channel = m.group == 0 && m.format == Format::int8;
-    require(channel || m.group == 32 || (m.group > 0 && m.group % 64 == 0), "groups are of 32 or of a multiple of 64");
-  }
+  require(is_packed(m.format) == (m.order == Order::packed), "int8 and int4 are packed, and nothing else is");
+  check_matrix(m);
   matrices_.push_back(m);
   return static_cast<int>(matrices_.size()) - 1;
 }
@@ -161,7 +163,8 @@ Program::Instruction Program::linear_instruction(View x, int matrix, int bias, A
       linear.values = it->values, linear.scales = it->scales, linear.sums = it->sums;
       return linear;
     }
-    if (it->out.buffer == x.buffer) break;  // written since
+    const bool rotated = it->kind == Kind::keys_values && (it->x.buffer == x.buffer || it->y.buffer == x.buffer);
+    if (it->out.buffer == x.buffer || rotated) break;  // written since
   }
   const i64 groups = m.group ? div_up(m.n_in, m.group) : 1;
   Instruction rounding;
@@ -218,7 +221,8 @@ int Program::rope(const std::vector<double>& frequencies, bool interleaved, doub
 
 View Program::attention(View q, View k, View v, i64 layer, i64 n_heads, i64 n_kv_heads, i64 head_dim, float scale,
                         i64 window, int rope) {
-  require(n_kv_heads > 0 && n_heads % n_kv_heads == 0 && head_dim > 0, "query heads are a multiple of key heads");
+  require(layer >= 0 && n_kv_heads > 0 && n_heads % n_kv_heads == 0 && head_dim > 0,
+          "query heads are a multiple of key heads");
   require(q.width == n_heads * head_dim && k.width == n_kv_heads * head_dim && v.width == k.width,
           "q, k and v are as wide as their heads");
   Instruction in;

@@ -10,6 +10,9 @@
 
 namespace pronghorn {
 
+// Throws std::invalid_argument for sizes or groups that no kernel takes.
+void check_matrix(const Matrix& matrix);
+
 // Anonymous memory that takes space only where it is touched; zero at first.
 class Memory {
  public:

@@ -153,7 +153,7 @@ double mass_of(const float* logits, i64 n, Range range, float top, double scale)
   return sum;
 }
 
-void check_id(std::int32_t id, i64 vocabulary) {
+void check_id(i64 id, i64 vocabulary) {
   if (id < 0 || id >= vocabulary)
     throw std::domain_error("token id " + std::to_string(id) + " is outside of the vocabulary");
 }
@@ -202,6 +202,7 @@ i64 choose(const Sampling& p, const float* raw, i64 n, const History& history) {
   check_finite(raw, n);
   const float* logits = adjusted(p, raw, n, history, scratch);
   const i64 first = arg_max(logits, n);
+  if (first < 0) throw std::domain_error("the logits with their biases and penalties are not finite");
   const float top = logits[first];
   if (top == -kInf) throw std::domain_error("no token is left to choose from");
   if (!(top < kInf)) throw std::domain_error("the logits with their biases and penalties are not finite");
@@ -245,7 +246,7 @@ std::vector<std::pair<i64, double>> log_probabilities(const float* logits, i64 n
   const double log_sum = std::log(sum_exp(logits, n, top, 1));
   std::vector<std::pair<i64, double>> result;
   const auto add = [&](i64 id) { result.emplace_back(id, (static_cast<double>(logits[id]) - top) - log_sum); };
-  check_id(static_cast<std::int32_t>(chosen), n);
+  check_id(chosen, n);
   add(chosen);
   std::vector<std::int32_t> ids;
   if (n_top > 0) largest(logits, n, n_top, ids);

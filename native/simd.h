@@ -113,9 +113,9 @@ inline float lanes_sum(F v) {
 }
 inline float lanes_max(F v) { return _mm512_reduce_max_ps(v); }
 
-// 8-bit integers within +-127, round half to even, -> their sum.
+// 8-bit integers within +-127, round half to even (of a NaN: 0), -> their sum.
 inline i32 store_int8_first(std::int8_t* p, F v, i64 n) {
-  const I q = _mm512_maskz_mov_epi32(first(n), _mm512_cvtps_epi32(v));
+  const I q = _mm512_maskz_cvtps_epi32(_mm512_mask_cmp_ps_mask(first(n), v, v, _CMP_ORD_Q), v);
   _mm_mask_storeu_epi8(p, first(n), _mm512_cvtsepi32_epi8(q));
   return _mm512_reduce_add_epi32(q);
 }
@@ -256,7 +256,7 @@ inline i32 store_int8_first(std::int8_t* p, F v, i64 n) {
   i32 sum = 0;
   for (i64 i = 0; i < n; i++) {
     const float r = __builtin_rintf(v[i]);
-    const i32 q = r >= -128 && r <= 127 ? i32(r) : -128;
+    const i32 q = r >= -127 && r <= 127 ? i32(r) : 0;
     p[i] = std::int8_t(q);
     sum += q;
   }

@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -65,11 +66,23 @@ void Spin::pause() {
 }
 
 Pool::Pool(int n) : size_(n), forks_(forks.load()) {
-  void* memory =
-      mmap(nullptr, static_cast<size_t>(n * kScratch), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (n < 1) throw std::invalid_argument("a pool has at least one thread");
+  void* memory = mmap(nullptr, static_cast<size_t>(n * kScratch), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   scratch_ = static_cast<std::uint8_t*>(memory);
-  for (int i = 1; i < n; i++) threads_.emplace_back([this, i] { work(i); });
+  // Signals are for the program's own threads.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  try {
+    for (int i = 1; i < n; i++) threads_.emplace_back([this, i] { work(i); });
+  } catch (...) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    stop();
+    throw;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 Pool::~Pool() {
@@ -77,6 +90,10 @@ Pool::~Pool() {
     new std::vector<std::thread>(std::move(threads_));  // they never were in this process: neither joined nor detached
     return;
   }
+  stop();
+}
+
+void Pool::stop() {
   stop_ = true;
   started_.fetch_add(1, std::memory_order_release);
   started_.notify_all();

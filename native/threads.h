@@ -51,6 +51,7 @@ class Pool {
 
  private:
   void work(int thread);
+  void stop();
   void wait_for_job(std::uint32_t seen);
 
   const int size_;

@@ -148,6 +148,40 @@ def test_what_cannot_be_quantized_is_an_error(bad: float) -> None:
         pack(values, quantize.Target("int4", 32))
 
 
+@pytest.mark.parametrize("dtype", quantize.EXACT)
+def test_a_scale_that_is_not_finite_is_an_error(dtype: str) -> None:
+    size, target = {"q8_0": 34, "q4_0": 18, "q4_1": 20}[dtype], quantize.BLOCKS[dtype]
+    for at in range(0, 4 if dtype == "q4_1" else 2, 2):
+        for bad in (np.nan, np.inf):
+            raw = bytearray(size * 20)
+            raw[13 * size + at : 13 * size + at + 2] = np.float16(bad).tobytes()
+            data = bytearray(_native.packed_size(target.format, 20, 32, target.group, target.symmetric))
+            with pytest.raises(ValueError, match="not finite"):
+                _native.pack(raw, dtype, 20, 32, False, data, *target, POOL)
+
+
+@pytest.mark.parametrize(("format", "group"), [("int4", 0), ("int4", 40), ("int8", 33), ("int8", -64)])
+def test_groups_that_no_kernel_takes_are_refused(format: str, group: int) -> None:
+    with pytest.raises(ValueError, match="groups are of 32 or of a multiple of 64"):
+        _native.packed_size(format, 16, 64, group, False)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8", "int4"])
+def test_a_fault_in_the_weights_does_not_vanish_in_rounding(dtype: str, tmp_path: Path) -> None:
+    """NaN and infinity in an input of a linear make its outputs NaN, in every format."""
+    folder = save("llama-tied", tmp_path)
+    checkpoint = open_checkpoint(folder)
+    model = model_for(checkpoint.config)
+    weights = quantize.prepare(checkpoint, model.parameters(), model.resolve(checkpoint.tensors), dtype)
+    for bad in (np.nan, np.inf):
+        norm = np.ones(48, np.float32)
+        norm[17] = bad
+        faulty = Module.of(weights | {"norm.weight": houses.dense(norm)})
+        batch = houses.batch_of(([5, 6, 7], 0, [0]))
+        logits = houses.logits_of(CpuRunner(model, faulty, n_pages=1).run, batch)
+        assert not np.isfinite(logits).any()
+
+
 # ---- prepare and its cache ---------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,10 @@ class CheckpointError(PronghornError):
     """A model file that is missing, damaged, or not what it claims to be."""
 
 
+class NoTokenizer(CheckpointError):
+    """A model that comes without a tokenizer: ids in, ids out does without, and a damaged one is another thing."""
+
+
 class ConfigError(PronghornError):
     """A model configuration that asks for what is not implemented, or that contradicts itself."""
 

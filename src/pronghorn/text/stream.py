@@ -2,40 +2,46 @@
 
 A tokenizer.json's decoder is a chain of steps over the list of tokens. Here each step takes its tokens one by one,
 and holds back only what the next token may still change: the bytes of an unfinished character, or a run of byte
-tokens, which stands or falls as a whole.
+tokens, which stands or falls as a whole: one bad byte at its end would make U+FFFD of all characters before it.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pronghorn.errors import CheckpointError
 
 
-class Step(Protocol):
+class Step:
     """One step of a decoder: tokens in, text out, which concatenated is what the step gives for the whole list."""
 
     def push(self, token: str) -> str | None:
         """What is certain after this token; None where nothing is."""
+        raise NotImplementedError
+
+    def settle(self) -> str:
+        """Lets go of what is held back, but for an unfinished character: another text begins here."""
+        return ""
 
     def finish(self) -> str:
         """What was held back."""
-
-
-class _Each:
-    """A step that looks at one token at a time."""
-
-    def __init__(self, function: Callable[[str], str]) -> None:
-        self.push = function
-
-    def finish(self) -> str:
         return ""
 
 
-class _ByteLevel:
+class _Each(Step):
+    """A step that looks at one token at a time."""
+
+    def __init__(self, function: Callable[[str], str]) -> None:
+        self._function = function
+
+    def push(self, token: str) -> str:
+        return self._function(token)
+
+
+class _ByteLevel(Step):
     """GPT-2's alphabet, in which every byte is a printable character, back to bytes, back to text."""
 
     def __init__(self) -> None:
@@ -61,7 +67,7 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-class _ByteFallback:
+class _ByteFallback(Step):
     """Tokens such as <0xE2>: a run of them is text if all of it is UTF-8, else one U+FFFD for each byte."""
 
     _TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -75,6 +81,12 @@ class _ByteFallback:
             return None
         return self.finish() + token
 
+    def settle(self) -> str:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(self._run)
+        self._run = bytearray(decoder.getstate()[0])
+        return text
+
     def finish(self) -> str:
         run, self._run = self._run, bytearray()
         try:
@@ -83,7 +95,7 @@ class _ByteFallback:
             return "�" * len(run)
 
 
-class _StripStart:
+class _StripStart(Step):
     """At most `count` of `character` off the start of the text."""
 
     def __init__(self, character: str, count: int) -> None:
@@ -98,11 +110,8 @@ class _StripStart:
                 token = token[1:]
         return token
 
-    def finish(self) -> str:
-        return ""
 
-
-class _First:
+class _First(Step):
     """A step that treats the first token in its own way."""
 
     def __init__(self, first: Callable[[str], str], others: Callable[[str], str]) -> None:
@@ -111,9 +120,6 @@ class _First:
 
     def push(self, token: str) -> str:
         return next(self._functions, self._others)(token)
-
-    def finish(self) -> str:
-        return ""
 
 
 def plan(decoder: dict[str, Any] | None) -> list[Callable[[], Step]]:
@@ -165,6 +171,23 @@ class StreamDecoder:
     def __init__(self, token_of: Callable[[int], str | None], steps: list[Callable[[], Step]]) -> None:
         self._token_of = token_of  # None for what is not shown
         self._steps = [make() for make in steps]
+
+    def prime(self, token_ids: Sequence[int]) -> None:
+        """Makes what comes the continuation of these tokens, whose own text is not given.
+
+        A space may begin it, and a character that they leave unfinished is completed by it, and given whole.
+        """
+        texts: list[str] = []
+        for token_id in reversed(token_ids):
+            if (text := self._token_of(token_id)) is not None:
+                texts.append(text)
+            if len(texts) == 4:  # the bytes of the longest character
+                break
+        for text in reversed(texts):
+            self._through(text, 0)
+        for at, step in enumerate(self._steps):
+            if text := step.settle():
+                self._through(text, at + 1)
 
     def push(self, token_id: int) -> str:
         """The text that is certain after this token; often a word, sometimes nothing."""

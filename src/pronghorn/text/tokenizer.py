@@ -2,7 +2,7 @@
 
 The `tokenizers` library is the reference and does the work: every source is a tokenizer.json, or is said again as one
 (`derive.py`), which is kept in the cache folder beside a checksum. What the configuration files beside it say about
-special tokens is read here.
+special tokens is read here. `derive.py` is imported where something is to be derived, and not at every start.
 """
 
 from __future__ import annotations
@@ -16,25 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pronghorn.errors import CheckpointError, PromptError, PronghornError
-from pronghorn.text.derive import (
-    FROM_TIKTOKEN,
-    Derived,
-    check_charsmap,
-    from_gguf,
-    from_merges,
-    from_sentencepiece,
-    gguf_kind,
-)
+from pronghorn.errors import CheckpointError, NoTokenizer, PromptError, PronghornError
 from pronghorn.text.stream import StreamDecoder, plan
 from pronghorn.weights.files import fail, map_file, read_json, shown
 
 if TYPE_CHECKING:
     import tokenizers
 
+    from pronghorn.text.derive import Derived
     from pronghorn.weights import TokenizerSource
 
-__all__ = ["StreamDecoder", "Tokenizer", "open_tokenizer"]
+__all__ = ["StreamDecoder", "Tokenizer", "open_tokenizer", "token_ids"]
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CACHE_FORMAT = 1  # to be raised when derive.py gives another result for the same file
@@ -173,7 +165,7 @@ def open_tokenizer(source: TokenizerSource) -> Tokenizer:
         return _open_gguf(source.gguf)
     if source.folder is not None:
         return _open_folder(source.folder)
-    raise CheckpointError("the model comes without a tokenizer")
+    raise NoTokenizer("the model comes without a tokenizer")
 
 
 def _open_folder(folder: Path) -> Tokenizer:
@@ -189,7 +181,7 @@ def _open_folder(folder: Path) -> Tokenizer:
     for name, found in ids.items():
         if (index := backend.token_to_id(named.get(f"{name}_token", ""))) is not None:
             found.append(index)
-        found += _ids(folder, generation, name) or _ids(folder, model, name)
+        found += token_ids(folder, generation, name) or token_ids(folder, model, name)
     add_bos, add_eos = (_flag(folder, config, name) for name in ("add_bos_token", "add_eos_token"))
     return _build(
         folder,
@@ -207,20 +199,22 @@ def _folder_backend(
     folder: Path, config: dict[str, Any]
 ) -> tuple[tokenizers.Tokenizer, dict[str, str], bool | None, bool | None]:
     """The best of a folder's files -> (backend, special tokens by name, whether BOS and EOS are added by default)."""
-    if (path := folder / "tokenizer.json").is_file():
+    if os.path.lexists(path := folder / "tokenizer.json"):  # a broken link is damage, not "no tokenizer"
         return _load(map_file(path), path), {}, None, None
     prefix = _flag(folder, config, "add_prefix_space")
-    if (path := folder / "tokenizer.model").is_file():
+    if os.path.lexists(path := folder / "tokenizer.model"):
         options: list[Any] = [_flag(folder, config, "legacy") is True, prefix]
-        return *_derived([path], options, partial(from_sentencepiece, path, *options)), True, False
+        return *_derived([path], options, lambda derive: derive.from_sentencepiece(path, *options)), True, False
     for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        if (path := folder / vocabulary).is_file():
+        if os.path.lexists(path := folder / vocabulary):
             name = str(config.get("tokenizer_class") or "GPT2Tokenizer")
             if (kind := _BYTE_LEVEL_CLASSES.get(name.removesuffix("Fast"))) is None:
                 fail(folder, f"{vocabulary} and {merges} of a {shown(name)} are not supported without a tokenizer.json")
-            make = partial(from_merges, path, folder / merges, kind, bool(prefix))
-            return *_derived([path, folder / merges], [kind, prefix], make), False, False
-    fail(folder, "holds no tokenizer: neither tokenizer.json, nor tokenizer.model, nor vocab.json and merges.txt")
+            files = [path, folder / merges]
+            make = partial(_from_merges, files, kind, bool(prefix))
+            return *_derived(files, [kind, prefix], make), False, False
+    missing = "holds no tokenizer: neither tokenizer.json, nor tokenizer.model, nor vocab.json and merges.txt"
+    raise NoTokenizer(f"{shown(str(folder), 4096)}: {missing}")
 
 
 def _open_gguf(metadata: Mapping[str, Any]) -> Tokenizer:

@@ -8,6 +8,7 @@ load. A stale or damaged file is rebuilt. It is written beside its place, synced
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -198,7 +199,9 @@ class Jobs:
         except OSError as error:
             notice(f"{folder}: {error.strerror}: the packed weights are kept in memory only")
             return self.in_memory()
-        for old in folder.glob(f"{place}-{dtype}-*.safetensors"):
+        # What the same source became earlier, and what a process that was killed has left.
+        abandoned = [file for file in folder.glob("writing-*") if time.time() - file.stat().st_mtime > 3600]
+        for old in [*folder.glob(f"{place}-{dtype}-*.safetensors"), *abandoned]:
             if old != path:
                 old.unlink(missing_ok=True)
         return self.mapped(path)
@@ -245,7 +248,8 @@ class Jobs:
         start = 8 + len(text)
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix="writing-")
         try:
-            os.posix_fallocate(fd, 0, start + end)  # a full disk is an error here, not a signal later
+            # Where the system can, space is taken now: a full disk is an error here, not a signal later.
+            getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))(fd, 0, start + end)
             view = memoryview(mmap.mmap(fd, start + end))
             for name in self.progress():
                 begin = start + header[name]["data_offsets"][0]
