@@ -26,6 +26,7 @@ FLOORS = [
     ("engine", "text"),
     ("generation",),
     ("llm",),
+    ("bench", "evaluate"),
     ("cli",),
 ]
 

@@ -196,6 +196,24 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4: what weights would become")
     add.add_argument("--json", action="store_true", help="print one object")
 
+    add = command("bench", bench, "How fast a model runs here, against how fast its weights can be read at all.")
+    add.add_argument("-m", "--model", help=MODEL)
+    add.add_argument("--dtype", metavar="A,B", help="what to measure (default: f32,bf16,int8,int4, where sensible)")
+    add.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
+    add.add_argument("--rounds", type=int, default=3, metavar="N", help="how often all is repeated (default: 3)")
+    add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
+    add.add_argument("--plot", metavar="FILE", help="draw a roofline (.png, .svg, .pdf)")
+
+    add = command("eval", evaluate, "How well a model predicts a text, and what each dtype changes against f32.")
+    add.add_argument("file", metavar="FILE", help="a text in UTF-8")
+    add.add_argument("-m", "--model", help=MODEL)
+    add.add_argument("--dtype", default="auto", metavar="A,B", help="auto, f32, bf16, int8, int4 (default: auto)")
+    add.add_argument("--kv-dtype", default="auto", help="auto, f32 or bf16: how keys and values are kept")
+    add.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
+    add.add_argument("--window", type=int, default=512, metavar="N", help="tokens seen at once (default: 512)")
+    add.add_argument("--limit", type=int, metavar="N", help="windows, from the beginning (default: the whole text)")
+    add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
+
     add = command("pull", pull, "Fetch the default model, SmolLM2-135M-Instruct, and print where it is.")
     return top
 
@@ -497,6 +515,20 @@ def pull(args: argparse.Namespace) -> None:
     from pronghorn.weights.hub import default_model
 
     write(f"{default_model()}\n")
+
+
+def bench(args: argparse.Namespace) -> None:
+    """`pronghorn bench`."""
+    from pronghorn.bench import run
+
+    run(args)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """`pronghorn eval`."""
+    from pronghorn.evaluate import run
+
+    run(args)
 
 
 def size_of(n: float) -> str:
