@@ -160,7 +160,7 @@ def llama_bench(source: str, dtype: str, threads: int) -> Run:
 
 
 def fastgpt(source: str, dtype: str, threads: int) -> Run:
-    """The program of fastGPT, run where its model and `input` lie: it says how long its tokens took, with the prompt."""
+    """The program of fastGPT, run where its model and `input` lie: it says how long all of its tokens took."""
     need_program(source)
     folder = Path(source).resolve().parent
 
