@@ -22,7 +22,6 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -363,6 +362,9 @@ def main() -> None:
     if not wanted:
         parser.error(f"--only {args.only}: there is no such contender")
     contenders = [Contender(*which, args.threads, config["vocab_size"]) for which in wanted]
+    from pronghorn.bench import machine
+
+    place = machine(args.threads)
     try:
         for number in range(args.rounds + 1):  # the first is for the caches
             shift = number % len(contenders)
@@ -384,7 +386,6 @@ def main() -> None:
         )
         ratios = "  x".join(f"{value:.2f}" for value in row.get("pronghorn_is", {}).values())
         print(f"{name:26}{text}" + (f"  pronghorn: x{ratios}" if ratios else ""), file=sys.stderr)
-    place = {"processor": platform.processor() or platform.machine(), "threads": args.threads}
     print(json.dumps({"model": args.model, "machine": place, "rounds": args.rounds, "results": rows}))
 
 

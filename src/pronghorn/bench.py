@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -285,7 +286,9 @@ def machine(threads: int) -> dict[str, Any]:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # another system, or aarch64
-    return {"processor": name, "isa": _native.isa(), "threads": threads, "python": platform.python_version()}
+    load = round(os.getloadavg()[0], 2)  # of the last minute: others' work takes from ours
+    python = platform.python_version()
+    return {"processor": name, "isa": _native.isa(), "threads": threads, "python": python, "load": load}
 
 
 def bench(
@@ -304,16 +307,15 @@ def bench(
     if described.config.context < 4:
         raise CheckpointError(f"{checkpoint.path}: a context of {described.config.context} is too short to measure")
     results: list[dict[str, Any]] = []
-    n_threads = 0
+    place = machine(threads or _native.usable_processors())
     for dtype in dtypes or default_dtypes(checkpoint, described):
         subject = Subject(checkpoint, described, dtype, threads)
-        n_threads = subject.runner.pool.size
         rows = measure(subject, rounds)
         results += [{"kv_dtype": subject.kv_dtype, "weight_bytes": subject.weight_bytes, **row} for row in rows]
     return {
         "pronghorn": __version__,
         "model": str(checkpoint.path),
-        "machine": machine(n_threads),
+        "machine": place,
         "prompt_tokens": min(PROMPT, described.config.context - 1),
         "results": results,
     }
@@ -322,7 +324,8 @@ def bench(
 def table(found: Mapping[str, Any]) -> Iterator[str]:
     """The lines of the table."""
     place = found["machine"]
-    yield f"{Path(found['model']).name} on {place['processor']}, {place['isa']}, {place['threads']} threads"
+    kind = f"{place['processor']}, {place['isa']}, {place['threads']} threads"
+    yield f"{Path(found['model']).name} on {kind}; load before: {place['load']}"
     yield f"{'dtype':6} {'what':16} {'tokens/s (min-max)':>24} {'GB/s':>7} {'ceiling':>8}    share (min-max)"
     for row in found["results"]:
         speed, share = (Spread(**row[name]) for name in ("tok_s", "share"))
