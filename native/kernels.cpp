@@ -11,6 +11,12 @@
 #define PRONGHORN_NAMESPACE avx512
 #elif PRONGHORN_ISA_amx
 #define PRONGHORN_NAMESPACE amx
+#elif PRONGHORN_ISA_avx2
+#define PRONGHORN_NAMESPACE avx2
+#elif PRONGHORN_ISA_neon
+#define PRONGHORN_NAMESPACE neon
+#elif PRONGHORN_ISA_dotprod
+#define PRONGHORN_NAMESPACE dotprod
 #else
 #define PRONGHORN_NAMESPACE generic
 #endif
@@ -374,7 +380,7 @@ inline F load_minima(const PanelLayout& layout, const u8* panel, i64 g) {
 // What a group's integer sums start from, given the sum of its inputs: w = scale (stored - 128), or scale (q - 8).
 template <Kind K>
 inline I start_of(i32 sum) {
-  return K == Kind::int4 ? zero_int() : set_int((K == Kind::int8 ? -128 : -8) * sum);
+  return K == Kind::int4 ? zero_int() : set_int((K == Kind::int8 ? -kBytesOffset : -8) * sum);
 }
 // Adds one group's integer sums to the outputs' totals; for int4, w = scale q + minimum.
 template <Kind K>
@@ -408,22 +414,34 @@ inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8*
       std::memcpy(&v, xg + r * l.in.stride + 4 * q, 4);
       return v;
     };
-    const auto unit = [&](i64 u) {
-      const Quads v = load_quads(values + 64 * u);
-      for (int r = 0; r < R; r++) {
-        if constexpr (kNibbles<K>) {
-          dots[r] = dot(dots[r], low_nibbles(v), quad(r, 2 * u));
-          dots[r] = dot(dots[r], high_nibbles(v), quad(r, 2 * u + 1));
-        } else {
-          dots[r] = dot(dots[r], v, quad(r, u));
+    const auto units = [&](i64 first_unit, i64 n) {  // at most 4
+      if constexpr (kNibbles<K>) {
+        Nibbles sums[R];
+        for (int r = 0; r < R; r++) sums[r] = begin_nibbles(dots[r]);
+#pragma GCC unroll 4
+        for (i64 u = first_unit; u < first_unit + n; u++) {
+          const Quads v = load_quads(values + 64 * u), low = low_nibbles(v), high = high_nibbles(v);
+          for (int r = 0; r < R; r++) {
+            sums[r] = dot_nibbles(sums[r], low, quad(r, 2 * u));
+            sums[r] = dot_nibbles(sums[r], high, quad(r, 2 * u + 1));
+          }
+        }
+        for (int r = 0; r < R; r++) dots[r] = end_nibbles(dots[r], sums[r]);
+      } else {
+#pragma GCC unroll 4
+        for (i64 u = first_unit; u < first_unit + n; u++) {
+          const Quads v = load_quads(values + 64 * u);
+          for (int r = 0; r < R; r++) dots[r] = dot_bytes(dots[r], v, quad(r, u));
         }
       }
     };
-    if constexpr (N == 0) {
-      for (i64 u = 0; u < n_units; u++) unit(u);
+    if constexpr (N > 0) {
+#pragma GCC unroll 4
+      for (i64 u = 0; u < N; u += 4) units(u, 4);
     } else {
-#pragma GCC unroll 16
-      for (i64 u = 0; u < N; u++) unit(u);
+      i64 u = 0;
+      for (; u + 4 <= n_units; u += 4) units(u, 4);
+      if (u < n_units) units(u, n_units - u);
     }
     const F scales = load_scales(w, panel, g), minima = load_minima<K>(layout, panel, g);
     for (int r = 0; r < R; r++) {
@@ -449,7 +467,7 @@ void linear_quantized(const Linear& l, i64 begin, i64 end) {
       with_count<kRows>(smaller(kRows, l.n_rows - row), [&](auto count) {
         constexpr int R = decltype(count)::value;
         // For one row, groups of the usual sizes are unrolled.
-        if constexpr (R == 1 && kManyRegisters) {
+        if constexpr (R == 1 && kRegisters >= 8) {
           if (units == 4) return quantized_rows<K, R, 4>(l, layout, panel, o, end, row);
           if (units == 8) return quantized_rows<K, R, 8>(l, layout, panel, o, end, row);
           if (units == 16) return quantized_rows<K, R, 16>(l, layout, panel, o, end, row);
