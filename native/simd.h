@@ -46,16 +46,25 @@ inline float from_f16(u16 v) {
 }  // namespace PRONGHORN_NAMESPACE
 }  // namespace pronghorn
 
-// Each of these files gives F (16 floats), I (16 integers) and:
-//   kRegisters     how many of them the processor's registers hold
-//   *_first        for the first n in 0..16 of the lanes; past them nothing is read or written, and the rest is zero
-//   min, max       where either is NaN, the second
-//   prefetch       into the second cache: the first has too few places for what is on its way (on Zen 4, half the
-//   speed) lanes_sum      lanes n apart are added for n = 8, 4, 2, 1 store_int8_first  8-bit integers within +-127,
-//   rounded half to even (of a NaN: 0), -> their sum Quads          64 unsigned bytes: a quad of inputs for each of 16
-//   outputs; `quad` is the same four inputs for all dot_bytes      adds the dot products of (w + kBytesOffset - 128)
-//   and inputs within +-127 dot_nibbles    the same of bytes up to 15, at most 8 times between begin_nibbles(sum) and
-//   end_nibbles(sum, n) transpose      rows of 16 pairs of bf16 to columns: v[j] gets pair j of each row
+// Each of these files gives F (16 floats), I (16 integers) and what follows.
+//
+// kRegisters: how many of them the processor's registers hold.
+//
+// *_first: for the first n in 0..16 lanes; nothing is read or written past them, and the rest is zero.
+//
+// min, max: where either is NaN, the second.
+//
+// prefetch: into the second cache; the first has too few places for what is on its way (on Zen 4, half the speed).
+//
+// lanes_sum: lanes n apart are added, for n = 8, 4, 2, 1.
+//
+// store_int8_first: 8-bit integers within +-127, rounded half to even (of a NaN: 0), -> their sum.
+//
+// Quads: 64 unsigned bytes, four inputs' weights for each of 16 outputs. dot_bytes adds the dot products of
+// (w + kBytesOffset - 128) and a ByteQuad, four inputs within +-127; dot_nibbles those of weights up to 15, at most
+// eight times between begin_nibbles(sum) and end_nibbles(sum, n). All are exact.
+//
+// transpose: rows of 16 pairs of bf16 to columns, v[j] gets pair j of each row. load_transposed: from memory.
 #if PRONGHORN_ISA_avx512 || PRONGHORN_ISA_amx
 #include "simd_avx512.h"
 #elif PRONGHORN_ISA_avx2
@@ -68,6 +77,9 @@ inline float from_f16(u16 v) {
 
 namespace pronghorn {
 namespace PRONGHORN_NAMESPACE {
+
+// Quads to ByteQuads, where these are wider (AVX2).
+void widen_quads(const u8* x, i64 n, ByteQuad* quads);
 
 // ---- functions of a real number ----------------------------------------------------------------------------------
 

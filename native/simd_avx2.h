@@ -161,15 +161,39 @@ inline Quads low_nibbles(Quads v) {
 }
 inline Quads high_nibbles(Quads v) { return low_nibbles({_mm256_srli_epi16(v.a, 4), _mm256_srli_epi16(v.b, 4)}); }
 
-// maddubs adds two products in 16 bits and saturates there. Weights less 128 as magnitudes, with their signs moved
-// to the inputs, make at most 2 * 128 * 127 = 32512.
-constexpr i32 kBytesOffset = 0;
-inline I dot_bytes(I sum, Quads w, i32 quad) {
-  const __m256i x = _mm256_set1_epi32(quad), sign = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+// maddubs would saturate: 2 * 255 * 127 needs more than 16 bits. So bytes and inputs are widened to 16 bits, the first
+// and third of a quad apart from the second and fourth, and pairs of products are added in 32 bits.
+struct ByteQuad {
+  i32 even, odd;
+};
+// x is readable for a multiple of 64 bytes.
+inline void widen_quads(const u8* x, i64 n, ByteQuad* quads) {
+  for (i64 i = 0; i < n; i += 32) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), odd = _mm256_srai_epi16(v, 8);
+    const __m256i a = _mm256_unpacklo_epi32(even, odd), b = _mm256_unpackhi_epi32(even, odd);
+    auto* out = reinterpret_cast<__m256i*>(quads + i / 4);
+    _mm256_storeu_si256(out, _mm256_permute2x128_si256(a, b, 0x20));
+    _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(a, b, 0x31));
+  }
+}
+// An addition that is done where it stands: GCC would put them all off, and spill what they add.
+inline __m256i add_32(__m256i x, __m256i y) {
+  __m256i sum = _mm256_add_epi32(x, y);
+  asm("" : "+x"(sum));
+  return sum;
+}
+inline __m256i add_16(__m256i x, __m256i y) {
+  __m256i sum = _mm256_add_epi16(x, y);
+  asm("" : "+x"(sum));
+  return sum;
+}
+constexpr i32 kBytesOffset = 128;
+inline I dot_bytes(I sum, Quads w, ByteQuad x) {
+  const __m256i even = _mm256_set1_epi32(x.even), odd = _mm256_set1_epi32(x.odd), mask = _mm256_set1_epi16(255);
   const auto dot = [&](__m256i from, __m256i v) {
-    const __m256i s = _mm256_xor_si256(v, sign);
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(x, s));
-    return _mm256_add_epi32(from, _mm256_madd_epi16(pairs, ones));
+    from = add_32(from, _mm256_madd_epi16(_mm256_and_si256(v, mask), even));
+    return add_32(from, _mm256_madd_epi16(_mm256_srli_epi16(v, 8), odd));
   };
   return {dot(sum.a, w.a), dot(sum.b, w.b)};
 }
@@ -180,44 +204,45 @@ struct Nibbles {
 inline Nibbles begin_nibbles(I) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Nibbles dot_nibbles(Nibbles sum, Quads w, i32 quad) {
   const __m256i x = _mm256_set1_epi32(quad);
-  return {_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x)), _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x))};
+  return {add_16(sum.a, _mm256_maddubs_epi16(w.a, x)), add_16(sum.b, _mm256_maddubs_epi16(w.b, x))};
 }
 inline I end_nibbles(I sum, Nibbles n) {
   const __m256i ones = _mm256_set1_epi16(1);
   return add_int(sum, {_mm256_madd_epi16(n.a, ones), _mm256_madd_epi16(n.b, ones)});
 }
 
-inline void transpose_8(__m256i v[8]) {
+// 8 rows of 8 pairs, the i-th in halves at p + i * stride, to columns; the halves are joined as they are loaded.
+inline void load_transposed_8(const u16* p, i64 stride, __m256i v[8]) {
+  const auto half = [&](int row, int part) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + row * stride + 8 * part));
+  };
   __m256i t[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  for (int i = 0; i < 4; i++) {  // rows i, i + 4
+    t[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(half(i, 0)), half(i + 4, 0), 1);
+    t[i + 4] = _mm256_inserti128_si256(_mm256_castsi128_si256(half(i, 1)), half(i + 4, 1), 1);
   }
   for (int i = 0; i < 8; i += 4) {
-    v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-    v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-    v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-    v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    const __m256i a = _mm256_unpacklo_epi32(t[i], t[i + 1]), b = _mm256_unpackhi_epi32(t[i], t[i + 1]);
+    const __m256i c = _mm256_unpacklo_epi32(t[i + 2], t[i + 3]), d = _mm256_unpackhi_epi32(t[i + 2], t[i + 3]);
+    v[i] = _mm256_unpacklo_epi64(a, c);
+    v[i + 1] = _mm256_unpackhi_epi64(a, c);
+    v[i + 2] = _mm256_unpacklo_epi64(b, d);
+    v[i + 3] = _mm256_unpackhi_epi64(b, d);
   }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
+}
+inline void load_transposed(const u16* p, i64 stride, I v[16]) {
+  for (int part = 0; part < 2; part++) {
+    __m256i t[8];
+    load_transposed_8(p + 16 * part, stride, t);
+    for (int i = 0; i < 8; i++) v[8 * part + i].a = t[i];
+    load_transposed_8(p + 8 * stride + 16 * part, stride, t);
+    for (int i = 0; i < 8; i++) v[8 * part + i].b = t[i];
   }
-  for (int i = 0; i < 8; i++) v[i] = t[i];
 }
 inline void transpose(I v[16]) {
-  __m256i quarter[4][8];  // each fits the registers
-  for (int i = 0; i < 8; i++) {
-    quarter[0][i] = v[i].a;
-    quarter[1][i] = v[i + 8].a;
-    quarter[2][i] = v[i].b;
-    quarter[3][i] = v[i + 8].b;
-  }
-  for (auto& q : quarter) transpose_8(q);
-  for (int i = 0; i < 8; i++) {
-    v[i] = {quarter[0][i], quarter[1][i]};
-    v[i + 8] = {quarter[2][i], quarter[3][i]};
-  }
+  I t[16];
+  std::memcpy(t, v, sizeof t);
+  load_transposed(reinterpret_cast<const u16*>(t), 32, v);
 }
 inline I load_pairs_first(const u16* p, i64 n) {
   I v = zero_int();

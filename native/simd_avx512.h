@@ -76,6 +76,7 @@ inline Quads load_quads(const u8* p) { return _mm512_loadu_si512(p); }
 inline Quads low_nibbles(Quads v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline Quads high_nibbles(Quads v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
 inline void store_quads(u8* p, Quads v) { _mm512_storeu_si512(p, v); }
+using ByteQuad = i32;
 constexpr i32 kBytesOffset = 128;
 inline I dot_bytes(I sum, Quads w, i32 quad) { return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(quad)); }
 using Nibbles = I;
@@ -109,6 +110,11 @@ inline void transpose(I v[16]) {
   }
 }
 inline I load_pairs_first(const u16* p, i64 n) { return _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p); }
+inline void load_transposed(const u16* p, i64 stride, I v[16]) {
+#pragma GCC unroll 16
+  for (i64 r = 0; r < 16; r++) v[r] = load_pairs_first(p + r * stride, 32);
+  transpose(v);
+}
 inline F even_halves(I pairs) { return as_float(_mm512_slli_epi32(pairs, 16)); }
 inline F odd_halves(I pairs) { return as_float(_mm512_and_si512(pairs, set_int(i32(0xffff0000)))); }
 

@@ -114,6 +114,7 @@ inline Quads load_quads(const u8* p) {
 inline Quads low_nibbles(Quads v) { return v & 15; }
 inline Quads high_nibbles(Quads v) { return v >> 4; }
 inline void store_quads(u8* p, Quads v) { std::memcpy(p, &v, sizeof v); }
+using ByteQuad = i32;
 constexpr i32 kBytesOffset = 128;
 inline I dot_bytes(I sum, Quads w, i32 quad) {
   const I v = I(w);
@@ -137,6 +138,11 @@ inline I load_pairs_first(const u16* p, i64 n) {
   I v = {};
   std::memcpy(&v, p, size_t(n < 32 ? n : 32) * 2);
   return v;
+}
+inline void load_transposed(const u16* p, i64 stride, I v[16]) {
+#pragma GCC unroll 16
+  for (i64 r = 0; r < 16; r++) v[r] = load_pairs_first(p + r * stride, 32);
+  transpose(v);
 }
 inline F even_halves(I pairs) { return F(pairs << 16); }
 inline F odd_halves(I pairs) { return F(pairs & i32(0xffff0000)); }

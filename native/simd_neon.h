@@ -187,6 +187,7 @@ inline int32x4_t dot_signed(int32x4_t sum, int8x16_t w, int8x16_t x) {
   return vpadalq_s16(sum, vpaddq_s16(low, high));
 #endif
 }
+using ByteQuad = i32;
 constexpr i32 kBytesOffset = 0;
 inline I dot_bytes(I sum, Quads w, i32 quad) {
   const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(quad));
@@ -222,6 +223,11 @@ inline I load_pairs_first(const u16* p, i64 n) {
   I v = zero_int();
   std::memcpy(&v, p, size_t(n < 32 ? n : 32) * 2);
   return v;
+}
+inline void load_transposed(const u16* p, i64 stride, I v[16]) {
+#pragma GCC unroll 16
+  for (i64 r = 0; r < 16; r++) v[r] = load_pairs_first(p + r * stride, 32);
+  transpose(v);
 }
 inline F even_halves(I pairs) {
   return each<F>([](int32x4_t p) { return vreinterpretq_f32_s32(vshlq_n_s32(p, 16)); }, pairs);
