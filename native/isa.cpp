@@ -11,6 +11,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <xmmintrin.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace pronghorn {
@@ -19,10 +21,20 @@ namespace generic {
 extern const Kernels table;
 }
 #if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels table;
+}
 namespace avx512 {
 extern const Kernels table;
 }
 namespace amx {
+extern const Kernels table;
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const Kernels table;
+}
+namespace dotprod {
 extern const Kernels table;
 }
 #endif
@@ -32,20 +44,22 @@ namespace {
 #if defined(__x86_64__)
 
 struct Cpu {
-  bool avx512 = false, amx = false;
+  bool avx2 = false, avx512 = false, amx = false;
 
   Cpu() {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     const auto bit = [](unsigned word, int n) { return (word >> n & 1) != 0; };
-    const bool instructions = bit(b, 5) && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31) && bit(c, 11);
-    const bool tiles = bit(d, 22) && bit(d, 24) && bit(d, 25);
+    const bool has_avx2 = bit(b, 5);
+    const bool has_avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31) && bit(c, 11);
+    const bool has_tiles = bit(d, 22) && bit(d, 24) && bit(d, 25);
     if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return;  // OSXSAVE: XGETBV may be asked
-    const bool fma_f16c = bit(c, 12) && bit(c, 29);
+    const bool has_fma_f16c = bit(c, 12) && bit(c, 29);
     unsigned low, high;
     asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    avx512 = instructions && fma_f16c && (low & 0xe6) == 0xe6;
-    amx = avx512 && tiles && (low & 0x60000) == 0x60000 && permit_tiles();
+    avx2 = has_avx2 && has_fma_f16c && (low & 6) == 6;
+    avx512 = avx2 && has_avx512 && (low & 0xe6) == 0xe6;
+    amx = avx512 && has_tiles && (low & 0x60000) == 0x60000 && permit_tiles();
   }
 
   // Linux gives the tiles' state only to processes that ask, before their other threads start.
@@ -59,10 +73,22 @@ struct Cpu {
   }
 };
 
+#elif defined(__aarch64__)
+
+bool has_dotprod() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & 1 << 20) != 0;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+  return true;  // since the first of their processors for computers
+#else
+  return false;
+#endif
+}
+
 #endif
 
 struct Available {
-  const Kernels* list[4] = {};
+  const Kernels* list[5] = {};
   int count = 0;
 
   Available() {
@@ -74,6 +100,10 @@ struct Available {
     if (cpu.amx) list[count++] = &amx::table;
 #endif
     if (cpu.avx512) list[count++] = &avx512::table;
+    if (cpu.avx2) list[count++] = &avx2::table;
+#elif defined(__aarch64__)
+    if (has_dotprod()) list[count++] = &dotprod::table;
+    list[count++] = &neon::table;
 #endif
     list[count++] = &generic::table;
   }

@@ -11,6 +11,12 @@
 #define PRONGHORN_NAMESPACE avx512
 #elif PRONGHORN_ISA_amx
 #define PRONGHORN_NAMESPACE amx
+#elif PRONGHORN_ISA_avx2
+#define PRONGHORN_NAMESPACE avx2
+#elif PRONGHORN_ISA_neon
+#define PRONGHORN_NAMESPACE neon
+#elif PRONGHORN_ISA_dotprod
+#define PRONGHORN_NAMESPACE dotprod
 #else
 #define PRONGHORN_NAMESPACE generic
 #endif
@@ -129,7 +135,8 @@ void linear_out_in(const Linear& l, i64 begin, i64 end) {
         const i64 n = smaller(kPanel, block_end - o);
         alignas(64) float sums[kRows][kPanel];
         with_count<kRows>(rows, [&](auto count) {
-          constexpr int R = decltype(count)::value, O = R == 1 ? 8 : 4;
+          // As many sums as the registers hold beside what goes into them.
+          constexpr int R = decltype(count)::value, O = kRegisters > 8 ? (R == 1 ? 8 : 4) : R == 1 ? 4 : R == 4 ? 1 : 2;
           i64 j = 0;
           for (; j + O <= n; j += O) dot_rows<T, R, O>(x, l.in.x_stride, w + (o + j) * n_in, n_in, &sums[0][j], kPanel);
           for (; j < n; j++) dot_rows<T, R, 1>(x, l.in.x_stride, w + (o + j) * n_in, n_in, &sums[0][j], kPanel);
@@ -193,12 +200,8 @@ inline void load_pairs(const Matrix& w, i64 i, i64 o, I out[16]) {
       const u16* p = data + o * w.n_in + i;
       const auto* next =
           reinterpret_cast<const u8*>(data + (o + 16) * w.n_in + 16 * i);  // the panel after this, evenly
-#pragma GCC unroll 16
-      for (i64 r = 0; r < 16; r++) {
-        prefetch(next + 64 * r);
-        out[r] = load_pairs_first(p + r * w.n_in, 32);
-      }
-      return transpose(out);
+      for (i64 r = 0; r < 16; r++) prefetch(next + 64 * r);
+      return load_transposed(p, w.n_in, out);
     }
     for (i64 r = 0; r < 16; r++)
       out[r] = r < outputs ? load_pairs_first(data + (o + r) * w.n_in + i, inputs) : zero_int();
@@ -307,7 +310,8 @@ void linear_bf16_in_out(const Linear& l, i64 begin, i64 end, float* scratch) {
 void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
   if (l.w->order == Order::in_out && l.n_rows == 1)
     return linear_bf16_in_out(l, begin, end, static_cast<float*>(scratch));
-  constexpr i64 kRows = 4, kMany = 32;  // rows whose inputs stay in the second cache while a panel passes
+  constexpr i64 kRows = kRegisters == 8 ? 2 : 4,
+                kMany = 32;  // rows whose inputs stay in the second cache while a panel passes
   const i64 n_in = l.w->n_in, width = round_up(n_in, 32);
   auto* x = static_cast<float*>(scratch);  // [kMany][width], widened
   const i64 many = larger(1, smaller(kMany, kScratch / 8 / (width * 4)));
@@ -328,6 +332,7 @@ void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
             const float* xi = x + row * width + i;
             F even[R], odd[R];
             for (int r = 0; r < R; r++) even[r] = odd[r] = zero();
+#pragma GCC unroll 4
             for (int j = 0; j < 16; j++) {
               const F we = even_halves(pairs[j]), wo = odd_halves(pairs[j]);
               for (int r = 0; r < R; r++) {
@@ -374,7 +379,7 @@ inline F load_minima(const PanelLayout& layout, const u8* panel, i64 g) {
 // What a group's integer sums start from, given the sum of its inputs: w = scale (stored - 128), or scale (q - 8).
 template <Kind K>
 inline I start_of(i32 sum) {
-  return K == Kind::int4 ? zero_int() : set_int((K == Kind::int8 ? -128 : -8) * sum);
+  return K == Kind::int4 ? zero_int() : set_int((K == Kind::int8 ? -kBytesOffset : -8) * sum);
 }
 // Adds one group's integer sums to the outputs' totals; for int4, w = scale q + minimum.
 template <Kind K>
@@ -383,12 +388,19 @@ inline F add_group(F scales, F minima, I dots, float scale, i32 sum, F total) {
   return K == Kind::int4 ? fma(minima, set(scale) * to_float(set_int(sum)), total) : total;
 }
 
-// One panel for R rows. Groups of U units are unrolled (0: of any size).
+// Whether a row's quads are widened before they are multiplied.
+template <Kind K>
+constexpr bool kWidens = K == Kind::int8 && sizeof(ByteQuad) > sizeof(i32);
+template <Kind K>
+constexpr i64 kQuadSize = kWidens<K> ? sizeof(ByteQuad) : sizeof(i32);
+
+// One panel for R rows, whose quads are at `x`, `x_stride` bytes apart. Groups of U units are unrolled (0: of any
+// size).
 template <Kind K, int R, int U>
-inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8* panel, i64 o, i64 end, i64 row) {
+inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8* panel, i64 o, i64 end, i64 row,
+                           const u8* x, i64 x_stride) {
   const Matrix& w = *l.w;
   const i64 group = w.group ? w.group : round_up(w.n_in, 4), share = layout.size / layout.n_groups;
-  const auto* x = static_cast<const std::int8_t*>(l.in.values) + row * l.in.stride;
   const float* x_scales = l.in.scales + row * layout.n_groups;
   const i32* x_sums = l.in.sums + row * layout.n_groups;
   F total[R];
@@ -396,7 +408,7 @@ inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8*
   const auto add = [&](i64 g, i64 n_units, auto unrolled) {
     constexpr int N = decltype(unrolled)::value;
     const u8* values = panel + layout.values + g * (group / kUnit<K>)*64;
-    const std::int8_t* xg = x + g * group;
+    const u8* xg = x + g * (group / 4) * kQuadSize<K>;
     if constexpr (R == 1) {  // scales and values alike, evenly
       const u8* ahead = panel + (kNibbles<K> ? 2 : 1) * kAhead + g * share;
       for (i64 i = 0; i < share; i += 64) prefetch(ahead + i);
@@ -404,26 +416,43 @@ inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8*
     I dots[R];
     for (int r = 0; r < R; r++) dots[r] = start_of<K>(x_sums[r * layout.n_groups + g]);
     const auto quad = [&](int r, i64 q) {
-      i32 v;
-      std::memcpy(&v, xg + r * l.in.stride + 4 * q, 4);
-      return v;
+      const u8* p = xg + r * x_stride + q * kQuadSize<K>;
+      if constexpr (kWidens<K>) {
+        return *reinterpret_cast<const ByteQuad*>(p);
+      } else {
+        i32 v;
+        std::memcpy(&v, p, sizeof v);
+        return v;
+      }
     };
-    const auto unit = [&](i64 u) {
-      const Quads v = load_quads(values + 64 * u);
-      for (int r = 0; r < R; r++) {
-        if constexpr (kNibbles<K>) {
-          dots[r] = dot(dots[r], low_nibbles(v), quad(r, 2 * u));
-          dots[r] = dot(dots[r], high_nibbles(v), quad(r, 2 * u + 1));
-        } else {
-          dots[r] = dot(dots[r], v, quad(r, u));
+    const auto units = [&](i64 first_unit, i64 n) {  // at most 4
+      if constexpr (kNibbles<K>) {
+        Nibbles sums[R];
+        for (int r = 0; r < R; r++) sums[r] = begin_nibbles(dots[r]);
+#pragma GCC unroll 4
+        for (i64 u = first_unit; u < first_unit + n; u++) {
+          const Quads v = load_quads(values + 64 * u), low = low_nibbles(v), high = high_nibbles(v);
+          for (int r = 0; r < R; r++) {
+            sums[r] = dot_nibbles(sums[r], low, quad(r, 2 * u));
+            sums[r] = dot_nibbles(sums[r], high, quad(r, 2 * u + 1));
+          }
+        }
+        for (int r = 0; r < R; r++) dots[r] = end_nibbles(dots[r], sums[r]);
+      } else {
+#pragma GCC unroll 4
+        for (i64 u = first_unit; u < first_unit + n; u++) {
+          const Quads v = load_quads(values + 64 * u);
+          for (int r = 0; r < R; r++) dots[r] = dot_bytes(dots[r], v, quad(r, u));
         }
       }
     };
-    if constexpr (N == 0) {
-      for (i64 u = 0; u < n_units; u++) unit(u);
+    if constexpr (N > 0) {
+#pragma GCC unroll 4
+      for (i64 u = 0; u < N; u += 4) units(u, 4);
     } else {
-#pragma GCC unroll 16
-      for (i64 u = 0; u < N; u++) unit(u);
+      i64 u = 0;
+      for (; u + 4 <= n_units; u += 4) units(u, 4);
+      if (u < n_units) units(u, n_units - u);
     }
     const F scales = load_scales(w, panel, g), minima = load_minima<K>(layout, panel, g);
     for (int r = 0; r < R; r++) {
@@ -437,25 +466,44 @@ inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8*
   for (int r = 0; r < R; r++) finish(l, row + r, o, smaller(kPanel, end - o), total[r]);
 }
 
+// Rows [first_row, first_row + n_rows) of outputs [begin, end); their quads are at `x`.
 template <Kind K>
-void linear_quantized(const Linear& l, i64 begin, i64 end) {
+void quantized_panels(const Linear& l, i64 begin, i64 end, i64 first_row, i64 n_rows, const u8* x, i64 x_stride) {
   const Matrix& w = *l.w;
   const PanelLayout layout = panel_layout(w.format, w.n_in, w.group, w.symmetric);
   const i64 units = w.group / kUnit<K>;
   constexpr i64 kRows = 4;
   for (i64 o = begin; o < end; o += kPanel) {
     const u8* panel = w.data + o / kPanel * layout.size;
-    for (i64 row = 0; row < l.n_rows; row += kRows)
-      with_count<kRows>(smaller(kRows, l.n_rows - row), [&](auto count) {
+    for (i64 i = 0; i < n_rows; i += kRows)
+      with_count<kRows>(smaller(kRows, n_rows - i), [&](auto count) {
         constexpr int R = decltype(count)::value;
-        // For one row, groups of the usual sizes are unrolled.
-        if constexpr (R == 1 && kManyRegisters) {
-          if (units == 4) return quantized_rows<K, R, 4>(l, layout, panel, o, end, row);
-          if (units == 8) return quantized_rows<K, R, 8>(l, layout, panel, o, end, row);
-          if (units == 16) return quantized_rows<K, R, 16>(l, layout, panel, o, end, row);
+        const i64 row = first_row + i;
+        const u8* xi = x + i * x_stride;
+        // Groups of the usual sizes are unrolled for one row, and where registers are few, for nibbles always.
+        if constexpr (kRegisters >= 8 && (R == 1 || (kRegisters == 8 && kNibbles<K>))) {
+          if (units == 4) return quantized_rows<K, R, 4>(l, layout, panel, o, end, row, xi, x_stride);
+          if (units == 8) return quantized_rows<K, R, 8>(l, layout, panel, o, end, row, xi, x_stride);
+          if (units == 16) return quantized_rows<K, R, 16>(l, layout, panel, o, end, row, xi, x_stride);
         }
-        quantized_rows<K, R, 0>(l, layout, panel, o, end, row);
+        quantized_rows<K, R, 0>(l, layout, panel, o, end, row, xi, x_stride);
       });
+  }
+}
+
+template <Kind K>
+void linear_quantized(const Linear& l, i64 begin, i64 end, void* scratch) {
+  if constexpr (kWidens<K>) {
+    // As many rows at a time as fit into the scratch memory.
+    const i64 stride = l.in.stride / 4 * kQuadSize<K>, many = kScratch / stride / 4 * 4;
+    for (i64 row = 0; row < l.n_rows; row += many) {
+      const i64 n_rows = smaller(many, l.n_rows - row);
+      widen_quads(static_cast<const u8*>(l.in.values) + row * l.in.stride, n_rows * l.in.stride,
+                  static_cast<ByteQuad*>(scratch));
+      quantized_panels<K>(l, begin, end, row, n_rows, static_cast<const u8*>(scratch), stride);
+    }
+  } else {
+    quantized_panels<K>(l, begin, end, 0, l.n_rows, static_cast<const u8*>(l.in.values), l.in.stride);
   }
 }
 
@@ -526,11 +574,11 @@ void linear_quantized_tiles(const Linear& l, i64 begin, i64 end, void* scratch) 
 #endif
 
 template <Kind K>
-void linear_quantized_any(const Linear& l, i64 begin, i64 end, [[maybe_unused]] void* scratch) {
+void linear_quantized_any(const Linear& l, i64 begin, i64 end, void* scratch) {
 #if PRONGHORN_ISA_amx
   if (l.n_rows >= 4) return linear_quantized_tiles<K>(l, begin, end, scratch);
 #endif
-  linear_quantized<K>(l, begin, end);
+  linear_quantized<K>(l, begin, end, scratch);
 }
 
 void linear(const Linear& l, i64 begin, i64 end, void* scratch) {

@@ -13,7 +13,7 @@ import pytest
 from pronghorn import _native
 
 
-@pytest.mark.parametrize("isa", ["any", "generic", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["any", "generic", "avx2", "avx512", "amx", "neon", "dotprod"])
 def test_kernels(isa: str) -> None:
     """tests/native on one instruction set: every kernel against its double-precision twin."""
     program = os.environ.get("PRONGHORN_NATIVE_TESTS")
