@@ -78,6 +78,14 @@ inline float from_f16(u16 v) {
 namespace pronghorn {
 namespace PRONGHORN_NAMESPACE {
 
+// The first n in 0..16 quads; the others are zero.
+inline Quads load_quads_first(const u8* p, i64 n) {
+  if (n == kLanes) return load_quads(p);
+  alignas(64) u8 all[64] = {};
+  std::memcpy(all, p, size_t(n) * 4);
+  return load_quads(all);
+}
+
 // Quads to ByteQuads, where these are wider (AVX2).
 void widen_quads(const u8* x, i64 n, ByteQuad* quads);
 
