@@ -889,9 +889,6 @@ struct KvBf16 {
 // 8-bit keys and values are multiplied in integers: queries and weights are rounded to 15 bits, in two parts of 8 where
 // that is what the processor multiplies. (Next to what rounding to 8 bits did, that is 256 times as fine.)
 constexpr int kWordParts = sizeof(ByteQuad) > sizeof(i32) ? 1 : 2;
-struct WordQuad {
-  ByteQuad parts[kWordParts];
-};
 struct Words {
   i32 sums[kWordParts];
   float scale;
@@ -900,9 +897,12 @@ struct WordSums {
   I parts[kWordParts];
 };
 
-// n numbers (zero up to a multiple of 64) to quads, each `stride` after the last.
-inline Words split_words(const float* x, i64 n, WordQuad* quads, i64 stride) {
-  alignas(64) std::int8_t high[kMaxHeadDim], low[kMaxHeadDim];
+// At most Width numbers into 2 * Width bytes: the high parts, then the low ones; or what a ByteQuad of 16 bits holds.
+template <i64 Width>
+inline Words split_words(const float* x, i64 n, u8* out) {
+  alignas(64) std::int8_t parts[2 * Width];
+  auto* high = kWordParts == 2 ? reinterpret_cast<std::int8_t*>(out) : parts;
+  std::int8_t* low = high + Width;
   const Scale s = scale_of(x, n);
   i32 high_sum = 0, low_sum = 0;
   for (i64 i = 0; i < n; i += kLanes) {
@@ -912,23 +912,17 @@ inline Words split_words(const float* x, i64 n, WordQuad* quads, i64 stride) {
     low_sum += store_int8_first(low + i, (v - whole) * set(128), lanes);
   }
   for (i64 i = n; i % 4; i++) high[i] = low[i] = 0;
-  for (i64 i = 0; i < n; i += 4) {
-    WordQuad& quad = quads[i / 4 * stride];
-    if constexpr (kWordParts == 1) {
-      i32 words[4];
-      for (i64 k = 0; k < 4; k++) words[k] = high[i + k] * 128 + low[i + k];
-      const i32 halves[2] = {i32(u32(words[0] & 0xffff) | u32(words[2]) << 16),
-                             i32(u32(words[1] & 0xffff) | u32(words[3]) << 16)};
-      std::memcpy(&quad, halves, sizeof quad);
-    } else {
-      std::memcpy(&quad.parts[0], high + i, 4);
-      std::memcpy(&quad.parts[kWordParts - 1], low + i, 4);
+  Words words;
+  words.scale = s.scale;
+  words.sums[0] = high_sum, words.sums[kWordParts - 1] = low_sum;
+  if constexpr (kWordParts == 1) {
+    words.sums[0] = high_sum * 128 + low_sum;
+    for (i64 i = 0; i < n; i += 4) {
+      const auto word = [&](i64 k) { return u32(high[i + k] * 128 + low[i + k]) & 0xffff; };
+      const u32 halves[2] = {word(0) | word(2) << 16, word(1) | word(3) << 16};
+      std::memcpy(out + 2 * i, halves, 8);
     }
   }
-  Words words;
-  words.sums[0] = kWordParts == 1 ? high_sum * 128 + low_sum : high_sum;
-  if constexpr (kWordParts == 2) words.sums[kWordParts - 1] = low_sum;
-  words.scale = s.scale;
   return words;
 }
 // What the sums start from: the stored bytes are 128 too large.
@@ -937,8 +931,13 @@ inline WordSums start_of(const Words& words) {
   for (int i = 0; i < kWordParts; i++) sums.parts[i] = set_int(-kBytesOffset * words.sums[i]);
   return sums;
 }
-inline void dot_words(WordSums& sums, Quads w, const WordQuad& quad) {
-  for (int i = 0; i < kWordParts; i++) sums.parts[i] = dot_bytes(sums.parts[i], w, quad.parts[i]);
+template <i64 Width>
+inline void dot_words(WordSums& sums, Quads w, const u8* words, i64 at) {
+  for (int i = 0; i < kWordParts; i++) {
+    ByteQuad quad;
+    std::memcpy(&quad, kWordParts == 1 ? words + 2 * at : words + i * Width + at, sizeof quad);
+    sums.parts[i] = dot_bytes(sums.parts[i], w, quad);
+  }
 }
 inline F value_of(const WordSums& sums) {
   const F low = to_float(sums.parts[kWordParts - 1]) * set(1 / 128.f);
@@ -978,9 +977,14 @@ struct Block {
   i64 dim;
 };
 
-inline void fetch(const u8* ahead, i64 at, i64 size) {
+// (Inlined at once: GCC takes a function of nothing but prefetches for one without effect, and drops its calls.)
+__attribute__((always_inline)) inline void fetch(const u8* ahead, i64 at, i64 size) {
   if (ahead)
     for (i64 i = 0; i < size; i += 64) prefetch(ahead + at + i);
+}
+
+__attribute__((always_inline)) inline void fetch_scales(const u8* ahead) {
+  if (ahead) fetch(ahead - kPage * 4, 0, kPage * 4);  // before the keys, and before the values
 }
 
 // scores[t][slot] = q . k of N queries and a page; `q` is [dim][N].
@@ -1007,12 +1011,13 @@ inline void score_page(const float* q, const Block& block, i64 page, float (*sco
   }
 }
 
-// The same in integers; `q` is [dim / 4][N].
+// The same in integers; `q` is [N][2 * kMaxHeadDim], as split_words has it.
 template <int N>
-inline void score_page(const WordQuad* q, const Words* words, const Block& block, i64 page, float (*scores)[kBlock]) {
+inline void score_page(const u8* q, const Words* words, const Block& block, i64 page, float (*scores)[kBlock]) {
   constexpr int V = vectors_for(N * kWordParts, 2);
   const u8* keys = block.pages[page] + block.layout.keys;
   const auto* scales = reinterpret_cast<const float*>(block.pages[page] + block.layout.key_scales);
+  if constexpr (N <= 4) fetch_scales(block.ahead[page]);
   for (i64 slot = 0; slot < kPage; slot += V * kLanes) {
     WordSums sum[N][V];
     for (int t = 0; t < N; t++)
@@ -1022,7 +1027,7 @@ inline void score_page(const WordQuad* q, const Words* words, const Block& block
       Quads k[V];
       for (int v = 0; v < V; v++) k[v] = load_quads(keys + (d / 4 * kPage + slot + v * kLanes) * 4);
       for (int t = 0; t < N; t++)
-        for (int v = 0; v < V; v++) dot_words(sum[t][v], k[v], q[d / 4 * N + t]);
+        for (int v = 0; v < V; v++) dot_words<kMaxHeadDim>(sum[t][v], k[v], q + t * 2 * kMaxHeadDim, d);
     }
     for (int t = 0; t < N; t++)
       for (int v = 0; v < V; v++) {
@@ -1074,20 +1079,22 @@ inline void weigh(const Query* queries, const Block& block, i64 d, i64 n, const 
   some(all_to, block.to);
 }
 
-// The same in integers; the weights, scales of the values included, are in `quads`, [kBlock / 4][N].
+// The same in integers; the weights, scales of the values included, are in `parts`, as split_words has them.
 template <int N, int V>
-inline void weigh(const WordQuad* quads, const Words* words, const Block& block, i64 d, i64 n, F (&out)[N][V]) {
+inline void weigh(const u8 (*parts)[2 * kBlock], const Words* words, const Block& block, i64 d, i64 n, F (&out)[N][V]) {
   WordSums sum[N][V];
   for (int t = 0; t < N; t++)
     for (WordSums& s : sum[t]) s = start_of(words[t]);
   for (i64 slot = block.from / 4 * 4; slot < block.to; slot += 4) {
     const i64 at = (slot % kPage / 4 * block.dim + d) * 4;
     const u8* values = block.pages[slot / kPage] + block.layout.values + at;
-    if constexpr (N <= 4) fetch(block.ahead[kBlock / kPage + slot / kPage], at, V * 64);
+    const u8* ahead = block.ahead[kBlock / kPage + slot / kPage];
+    if constexpr (N <= 4) fetch(ahead, at, V * 64);
+    if (N <= 4 && d == 0 && slot % kPage == 0) fetch_scales(ahead);
     Quads v[V];
     for (int i = 0; i < V; i++) v[i] = V == 1 ? load_quads_first(values, n) : load_quads(values + i * 64);
     for (int t = 0; t < N; t++)
-      for (int i = 0; i < V; i++) dot_words(sum[t][i], v[i], quads[slot / 4 * N + t]);
+      for (int i = 0; i < V; i++) dot_words<kBlock>(sum[t][i], v[i], parts[t], slot);
   }
   for (int t = 0; t < N; t++)
     for (int i = 0; i < V; i++) out[t][i] = value_of(sum[t][i]) * set(words[t].scale);
@@ -1127,13 +1134,13 @@ void attend_block(const Attend& a, Query* queries, const void* q, const Words* q
   constexpr float kNone = -__builtin_inff();
   constexpr bool integers = kIs<T, KvInt8>;
   alignas(64) float weights[N][kBlock];
-  WordQuad quads[integers ? kBlock / 4 * N : 1];
+  alignas(64) u8 parts[N][2 * kBlock];
   Words words[N];
   Factors factors[N];
   float* out[N];
   for (i64 page = first / kPage; page < last / kPage; page++)
     if constexpr (integers)
-      score_page<N>(static_cast<const WordQuad*>(q), q_words, block, page, weights);
+      score_page<N>(static_cast<const u8*>(q), q_words, block, page, weights);
     else
       score_page<T, N>(static_cast<const float*>(q), block, page, weights);
   for (int t = 0; t < N; t++) {
@@ -1174,14 +1181,15 @@ void attend_block(const Attend& a, Query* queries, const void* q, const Words* q
         const F scale = load(reinterpret_cast<const float*>(page) + i % kPage);
         store(p + i, keep(load(p + i) * scale, i, 0));
       }
-      words[t] = split_words(p + first, last - first, quads + first / 4 * N + t, N);
+      std::memset(p, 0, size_t(first) * sizeof(float));
+      words[t] = split_words<kBlock>(p, last, parts[t]);
     }
   }
   const auto output = [&](auto vectors, i64 d, i64 n) {
     constexpr int V = decltype(vectors)::value;
     F sums[N][V];
     if constexpr (integers)
-      weigh<N, V>(quads, words, block, d, n, sums);
+      weigh<N, V>(parts, words, block, d, n, sums);
     else
       weigh<T, N, V>(queries, block, d, n, weights, sums);
     for (int t = 0; t < N; t++)
@@ -1202,17 +1210,19 @@ void attend_as(const Attend& a, const Piece& piece, void* scratch) {
   constexpr i64 kMany = 64;  // queries whose packed form fits into the scratch memory
   constexpr bool integers = kIs<T, KvInt8>;
   const i64 dim = a.kv.head_dim, repeat = a.n_heads / a.kv.n_kv_heads, n = piece.n_rows * repeat;
-  const i64 width = round_up(dim, 4), element = integers ? sizeof(WordQuad) / 4 : 4;  // bytes of an element of q
-  static_assert(kMany * kMaxHeadDim * 8 <= kScratch);
+  const i64 width = round_up(dim, 4);
+  static_assert(kMany * kMaxHeadDim * 4 <= kScratch);
   Block block;
   block.layout = kv_layout(a.kv.format, dim), block.dim = dim;
-  // Fetched is what comes two pages' keys (or values) later where these are small, or else one.
-  const i64 distance = block.layout.size < 8192 ? 2 : 1, last = a.rows.positions[piece.row + piece.n_rows - 1];
+  const i64 distance =
+      block.layout.size < 16384 ? 4 : 2;  // pages of keys (or values) from what is read to what is fetched
+  const i64 last = a.rows.positions[piece.row + piece.n_rows - 1];
   for (i64 first = 0; first < n; first += kMany) {
     Query queries[kMany];
     Words words[kMany];
     const i64 count = smaller(kMany, n - first);
-    const auto packed = [&](i64 t) { return static_cast<u8*>(scratch) + t * width * element; };
+    const i64 stride_of_q = integers ? 2 * kMaxHeadDim : width * 4;  // bytes
+    const auto packed = [&](i64 t) { return static_cast<u8*>(scratch) + t * stride_of_q; };
     for (i64 t = 0; t < count; t++) {
       const i64 row = piece.row + (first + t) / repeat, head = piece.head * repeat + (first + t) % repeat;
       const i64 position = a.rows.positions[row];
@@ -1225,7 +1235,7 @@ void attend_as(const Attend& a, const Piece& piece, void* scratch) {
                     0};
       const i64 together = t / kTogether<T> * kTogether<T>, stride = smaller(kTogether<T>, count - together);
       if constexpr (integers) {
-        words[t] = split_words(q, dim, reinterpret_cast<WordQuad*>(packed(together)) + t - together, stride);
+        words[t] = split_words<kMaxHeadDim>(q, dim, packed(t));
       } else {
         float* out = reinterpret_cast<float*>(packed(together)) + t - together;
         for (i64 d = 0; d < dim; d++) out[d * stride] = q[d];
@@ -1233,7 +1243,7 @@ void attend_as(const Attend& a, const Piece& piece, void* scratch) {
       }
     }
     for (i64 b = piece.begin; b < piece.end; b++) {
-      const u8* reads[2 * (kBlock / kPage) + 2] = {};  // in their order
+      const u8* reads[3 * (kBlock / kPage)] = {};  // in their order
       const i64 start = b * kBlock, n_pages = smaller(kBlock / kPage, last / kPage - start / kPage + 1);
       for (i64 p = 0; p < n_pages; p++) {
         const u8* page = head_of(a.kv, block.layout, a.rows, piece.row, piece.head, start + p * kPage);

@@ -46,6 +46,7 @@ KvCache::KvCache(i64 n_layers, i64 n_pages, i64 n_kv_heads, i64 head_dim, KvForm
   const i64 page = n_layers * n_kv_heads * kv_layout(format, head_dim).size;
   require(double(n_pages) * double(page) < 1e16, "this KV cache is larger than any memory");
   memory_ = Memory(n_pages * page);
+  madvise(memory_.data(), static_cast<size_t>(memory_.size()), MADV_HUGEPAGE);
 }
 
 KvLayer KvCache::layer(i64 index) const {
