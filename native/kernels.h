@@ -137,7 +137,7 @@ struct Attend {
   i64 window;     // 0: all
   float* states;  // [rows][n_heads][2]: the largest score so far, and the sum of the exponentials
   i64 states_stride;
-  float* y;
+  float* y;  // the output, not yet divided by the sum
   i64 y_stride;
 };
 
@@ -190,8 +190,8 @@ struct Kernels {
   void (*store_kv)(const KvLayer&, const Rows&, const float* k, i64 k_stride, const float* v, i64 v_stride, i64 begin,
                    i64 end);
   void (*attend)(const Attend&, const Piece&, void* scratch);
-  // Ends rows [begin, end): adds what stands in partials, and divides by the sums.
-  void (*merge)(const Attend&, const Piece* partials, i64 n_partials, i64 begin, i64 end);
+  // y of rows [begin, end): what attend has left, with what stands in partials, over the sums.
+  void (*merge)(const Attend&, const Piece* partials, i64 n_partials, float* y, i64 y_stride, i64 begin, i64 end);
 
   // For sampling: the largest value (ties: the lowest index), and the sum of exp(x - shift) in chunks fixed by n.
   i64 (*arg_max)(const float* x, i64 n);

@@ -285,6 +285,7 @@ class Problem {
 
   void check(const Kernels& kernels, Report& report) {
     fused_ = std::strcmp(kernels.isa, "generic") != 0;
+    pairs_ = std::strcmp(kernels.isa, "avx512bf16") == 0;
     const std::string what = describe();
     Floats whole(n_rows_ * y_stride_, Role::output, random_.in(0, 3));
     run(kernels, whole, 0, n_rows_, 0, n_out_);
@@ -432,7 +433,9 @@ class Problem {
     const i64 step = shape_.order == Order::out_in ? 1 : n_out_, at = shape_.order == Order::out_in ? o * n_in_ : o;
     if (shape_.format == Format::bf16) {
       *error = 0;
-      return double{twin::bfloat_dot(halves_.data() + r * stride_, dense16_->data() + at, step, n_in_, fused_)};
+      const std::uint16_t *x = halves_.data() + r * stride_, *w = dense16_->data() + at;
+      return double{pairs_ ? twin::bfloat_pairs_dot(x, w, step, n_in_, shape_.order == Order::out_in ? 16 : 1)
+                           : twin::bfloat_dot(x, w, step, n_in_, fused_)};
     }
     for (i64 i = 0; i < n_in_; ++i) {
       const i64 k = at + i * step;
@@ -473,7 +476,7 @@ class Problem {
   Random random_;
   Activation activation_;
   Residual residual_kind_;
-  bool has_bias_ = false, packed_, fused_ = true;
+  bool has_bias_ = false, packed_, fused_ = true, pairs_ = false;
   i64 x_stride_, y_stride_, stride_;
   Floats x_;                        // f32 and f16
   Guarded<std::uint16_t> halves_;   // bf16
@@ -1041,15 +1044,19 @@ void test_store_kv_not_finite(const Kernels& kernels, Report& report) {
 }
 
 // All of a batch's attention, in the shares of so many threads, one after the other, the last first.
-void attend_all(const Kernels& kernels, const Attend& attend, int threads) {
+void attend_all(const Kernels& kernels, Attend attend, int threads) {
   AttendPlan plan(attend.rows, attend.n_heads, attend.kv.n_kv_heads, attend.kv.head_dim, attend.window, threads);
   Floats partials(std::max<i64>(1, plan.floats()), Role::output);
   plan.place(partials.data());
+  const i64 y_stride = attend.y_stride;
+  float* y = attend.y;
+  Floats folded(attend.rows.n * y_stride, Role::output);
+  attend.y = folded.data();
   for (int thread = threads; thread-- > 0;)
     for (const Piece* p = plan.begin(thread); p < plan.end(thread); ++p) kernels.attend(attend, *p, scratch());
   const i64 half = attend.rows.n / 2, n = static_cast<i64>(plan.partials().size());
-  kernels.merge(attend, plan.partials().data(), n, half, attend.rows.n);
-  kernels.merge(attend, plan.partials().data(), n, 0, half);
+  kernels.merge(attend, plan.partials().data(), n, y, y_stride, half, attend.rows.n);
+  kernels.merge(attend, plan.partials().data(), n, y, y_stride, 0, half);
 }
 
 void test_attend(const Kernels& kernels, Report& report) {
@@ -1365,9 +1372,9 @@ void test_pool(Report& report) {
         ++calls[self];
         for (int step = 0; step < kSteps; ++step) {
           written[self] = job * kSteps + step;
-          pool.barrier();
+          pool.barrier(thread);
           if (written[next] != job * kSteps + step) ++wrong;
-          pool.barrier();
+          pool.barrier(thread);
         }
       });
       report.expect(wrong == 0, [&] { return say("%d threads, job %d: %d wrong reads", n, job, wrong.load()); });
@@ -1394,7 +1401,7 @@ void test_pool(Report& report) {
       for (int i = 0; i < 50; ++i)
         shared.run([&](int thread) {
           if (thread == 0 && inside++ != 0) ++overlaps;
-          shared.barrier();
+          shared.barrier(thread);
           if (thread == 0) --inside;
         });
     });
