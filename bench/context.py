@@ -2,10 +2,10 @@
 
     python bench/context.py [-m MODEL] [--dtype int4] [--kv-dtype f32,bf16,int8] [--context 1000] [--rounds 15]
 
-Two requests, of 20 tokens of context and of many, decode in turns of a few steps each, in one process. `read` is how fast
-the same threads read memory of the size that a step reads (weights, keys and values), measured in the same turns. `explained`
-is the time that the additional keys and values take at that speed, over the difference of the steps' times: 1.00 where it is all
-of it. Medians over the rounds, of ratios that are each taken in one round.
+Two requests, of 20 tokens of context and of many, decode in turns of a few steps each, in one process. `read` is how
+fast the same threads read memory of the size that a step reads (weights, keys and values), measured in the same turns.
+`explained` is the time that the additional keys and values take at that speed, over the difference of the steps' times:
+1.00 where it is all of it. Medians over the rounds, of ratios that are each taken in one round.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measure(model_name: str | None, dtype: str, kv_dtype: str, context: int, rou
     np.frombuffer(read, np.uint8)[:] = 1
 
     engines = []
-    for n in (SHORT, context):  # one engine each: a step is one request's
+    for _ in (SHORT, context):  # one engine each: a step is one request's
         engine = Engine(
             runner, n_pages=n_pages, context=config.context, vocabulary=config.vocab_size, prefix_cache=False
         )
@@ -118,16 +118,16 @@ def main() -> None:
     try:
         place = machine(args.threads or _native.usable_processors())
         print(f"{place['processor']}, {place['isa']}, {place['threads']} threads; load before: {place['load']}")
-        print(
-            f"{'dtype':6} {'KV':5} {f'at {SHORT}':>9} {f'at {args.context}':>9} {'ms more':>8} {'MB more':>8} {'read':>6} explained"
-        )
+        columns = f"{f'at {SHORT}':>9} {f'at {args.context}':>9} {'ms more':>8} {'MB more':>8} {'read':>6} explained"
+        print(f"{'dtype':6} {'KV':5} {columns}")
         for kv_dtype in args.kv_dtype.split(","):
             check_options(args.dtype, threads=args.threads, kv_dtype=kv_dtype)
             row = measure(args.model, args.dtype, kv_dtype, args.context, args.rounds, args.threads)
             rows.append(row)
             print(
                 f"{row['dtype']:6} {row['kv_dtype']:5} {row['short_tok_s']:9.1f} {row['long_tok_s']:9.1f} "
-                f"{row['difference_s'] * 1e3:8.3f} {row['kv_bytes'] / 1e6:8.1f} {row['read_gb_s']:6.1f} {row['explained']:9.2f}"
+                f"{row['difference_s'] * 1e3:8.3f} {row['kv_bytes'] / 1e6:8.1f} {row['read_gb_s']:6.1f} "
+                f"{row['explained']:9.2f}"
             )
     except PronghornError as error:
         sys.exit(f"context.py: {error}")

@@ -1078,7 +1078,7 @@ struct KvBf16 {
 };
 
 // 8-bit keys and values are multiplied in integers: queries and weights are rounded to 15 bits, in two parts of 8 where
-// that is what the processor multiplies. (Next to what rounding to 8 bits did, that is 256 times as fine.)
+// that is what the processor multiplies. (Next to what rounding to 8 bits did, that is 128 times as fine.)
 constexpr int kWordParts = sizeof(ByteQuad) > sizeof(i32) ? 1 : 2;
 struct Words {
   i32 sums[kWordParts];

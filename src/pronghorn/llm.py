@@ -43,7 +43,8 @@ class LLM:
     `model`: a folder in Hugging Face's layout, a `.safetensors` or `.gguf` file, or a name from `pronghorn pull`; None
     is the default model. `dtype`: "auto" runs the file's own format; f32, bf16, int8 and int4 convert. `device`:
     "cpu"; "reference", slow and obvious; or a torch device, such as "cuda" or "torch:cpu". `threads`: None is as
-    many as this process may use. `kv_dtype`: "auto" is f32 for f32 and f16 weights, and bf16 for others.
+    many as this process may use. `kv_dtype`: "auto" is f32 for f32 and f16 weights, and bf16 for others;
+    int8 takes half of bf16's memory.
     `kv_memory`: bytes for keys and values; None is room for one sequence of full length, and for more in a part of
     the free memory; none of it is touched before it is used. `use_cache=False` computes all from the beginning for
     every token, and `prefix_cache=False` never reuses what another prompt has computed: neither changes a token.
