@@ -23,7 +23,7 @@ from pronghorn.engine.engine import Engine
 from pronghorn.engine.sampling import SamplingParams
 from pronghorn.engine.scheduler import Request
 from pronghorn.errors import CheckpointError, ParameterError, PronghornError
-from pronghorn.llm import KV_SIZES, STEP_TOKENS, check_options, free_memory, open_model
+from pronghorn.llm import STEP_TOKENS, check_options, free_memory, kv_bytes, open_model
 from pronghorn.models import Model, model_for
 from pronghorn.ops import PAGE
 from pronghorn.ops.cpu import CpuRunner
@@ -59,7 +59,7 @@ class Subject:
         config, parameters = model.config, model.parameters()
         weights = prepare(checkpoint, parameters, model.resolve(checkpoint.tensors), dtype, threads)
         self.kv_dtype = kv_dtype_of(weights)
-        self.token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * KV_SIZES[self.kv_dtype]
+        self.token_bytes = kv_bytes(config, self.kv_dtype)
         self.read = weights_read(model, weights)
         self.weight_bytes = sum(weight.data.nbytes for weight in self.read.values())
         n_pages = max(-(-LONG_PROMPT // PAGE) + 1, *(n * pages_of(PROMPT + STEPS[n]) for n in STREAMS))

@@ -208,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("file", metavar="FILE", help="a text in UTF-8")
     add.add_argument("-m", "--model", help=MODEL)
     add.add_argument("--dtype", default="auto", metavar="A,B", help="auto, f32, bf16, int8, int4 (default: auto)")
-    add.add_argument("--kv-dtype", default="auto", help="auto, f32 or bf16: how keys and values are kept")
+    add.add_argument("--kv-dtype", default="auto", help="auto, f32, bf16 or int8: how keys and values are kept")
     add.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
     add.add_argument("--window", type=int, default=512, metavar="N", help="tokens seen at once (default: 512)")
     add.add_argument("--limit", type=int, metavar="N", help="windows, from the beginning (default: the whole text)")
@@ -232,7 +232,7 @@ def model_options(add: argparse.ArgumentParser) -> None:
     group = add.add_argument_group("model")
     group.add_argument("-m", "--model", help=MODEL)
     group.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4 (default: the file's own)")
-    group.add_argument("--kv-dtype", default="auto", help="auto, f32 or bf16: how keys and values are kept")
+    group.add_argument("--kv-dtype", default="auto", help="auto, f32, bf16 or int8: how keys and values are kept")
     text = "memory for keys and values, in bytes, or with K, M or G (default: a full context's at least)"
     group.add_argument("--kv-memory", type=size, metavar="SIZE", help=text)
     group.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
