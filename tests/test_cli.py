@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from pronghorn import LLM, SamplingParams, __version__
-from pronghorn.cli import main
+from pronghorn.cli import main, size, size_of
 from pronghorn.engine.engine import Engine
 from pronghorn.engine.scheduler import Request
 from tiny import STORY, save_tiny
@@ -63,7 +64,7 @@ def test_generate(cli: Cli, model: str) -> None:
         expected = llm.generate("hello", SamplingParams(max_tokens=20)).text
     status, out, err = cli("generate", "hello", "-m", model, "-n", "20")
     assert (status, out) == (0, expected + "\n")
-    assert err.startswith("pronghorn: 20 tokens at ")
+    assert err.startswith("pronghorn: 20 tokens (length) at ")
     assert err.count("\n") == 1
     assert "GB/s" in err
     assert cli("generate", "hello", "-m", model, "-n", "20", "-q") == (0, expected + "\n", "")
@@ -91,7 +92,7 @@ def test_generate_json(cli: Cli, model: str) -> None:
     assert found["seed"] == 3
     assert expected.logprobs
     assert found["logprobs"][5] == json.loads(json.dumps(expected.logprobs[5]._asdict()))
-    names = {"load_s", "ttft_s", "prefill_tok_s", "decode_tok_s", "bytes_per_token", "bandwidth_gb_s"}
+    names = {"load_s", "ttft_s", "prefill_tok_s", "decode_tok_s", "bytes_per_token", "bandwidth_gb_s", "cached_tokens"}
     assert found["timings"].keys() == names
 
 
@@ -108,6 +109,31 @@ def test_prompts(cli: Cli, model: str, tmp_path: Path) -> None:
     fails(cli("generate", "--prompt-file", str(tmp_path / "none"), "-m", model), "No such file")
     fails(cli("generate", "--prompt-file", "-", "-m", model, stdin=b"\xff"), "utf-8")
     fails(cli("generate", "a" * 4000, "-m", model), "the prompt has 4001 tokens, but the context holds 4000")
+
+
+def test_chat_keeps_spaces_and_refuses_what_is_no_text(cli: Cli, model: str) -> None:
+    with LLM(model) as llm:
+        ids = llm.chat_prompt([{"role": "user", "content": "  hi"}])
+        expected = llm.generate(ids, SamplingParams(max_tokens=3)).text + "\n"
+    assert cli("chat", "-m", model, "-n", "3", "-q", stdin="  hi\r\n") == (0, expected, "")
+    status, out, err = cli("chat", "-m", model, "-n", "3", "-q", stdin=b"  hi\n\xff\n")
+    assert (status, out) == (2, expected)
+    assert err.startswith("pronghorn: error: standard input: 'utf-8'")
+    assert err.count("\n") == 1
+
+
+def test_the_chat_prompt_is_not_output(model: str) -> None:
+    """At a terminal whose output goes elsewhere."""
+    terminal, user = os.openpty()
+    process = start("chat", "-m", model, "-n", "3", "-q", stdin=user, stdout=subprocess.PIPE)
+    os.write(terminal, b"hi\n/exit\n")
+    out, err = process.communicate(timeout=60)
+    os.close(terminal)
+    os.close(user)
+    with LLM(model) as llm:
+        ids = llm.chat_prompt([{"role": "user", "content": "hi"}])
+        assert out.decode() == llm.generate(ids, SamplingParams(max_tokens=3)).text + "\n"
+    assert (process.returncode, err) == (0, b"pronghorn: model: /clear begins anew, /exit leaves\n> > ")
 
 
 def test_chat_template_and_chat(cli: Cli, model: str) -> None:
@@ -145,6 +171,13 @@ def test_tokenize(cli: Cli, model: str) -> None:
     fails(cli("tokenize", "--decode", "x", "-m", model), "token ids")
     fails(cli("tokenize", "--decode", "258", "-m", model), "outside of the vocabulary (0 to 257)")
     fails(cli("tokenize", "a", "b", "-m", model), "one text")
+    for given in (("1_0",), ("+5",), ("٣",), ("x",)):
+        fails(cli("tokenize", "--decode", *given, "-m", "none"), "token ids")  # before anything is opened
+    fails(cli("tokenize", "--decode", "-m", "none"), "give either token ids or --prompt-file")
+    fails(
+        cli("tokenize", "--decode", "5", "--prompt-file", "x", "-m", "none"), "give either token ids or --prompt-file"
+    )
+    fails(cli("tokenize", "--decode", "--prompt-file", "-", "-m", "none"), "there are none")
 
 
 def test_info(cli: Cli, model: str) -> None:
@@ -154,6 +187,12 @@ def test_info(cli: Cli, model: str) -> None:
     assert f"{facts['parameters']:,} parameters" in out
     assert "hidden_size = 32" in out
     assert facts["config"]["hidden_size"] == 32
+    _, out, _ = cli("info", "-m", model, "--dtype", "int8")
+    facts = json.loads(cli("info", "-m", model, "--dtype", "int8", "--json")[1])
+    assert facts["weight_bytes"] < facts["bytes"] / 2
+    assert f"with the weights ({size_of(facts['weight_bytes'])})" in out
+    assert size_of(facts["total_bytes"]["bf16"]["4000"]) in out
+    assert size_of(facts["weights"][0]["becomes_bytes"]) + ", converted" in out
 
 
 def test_mistakes(cli: Cli, model: str, tmp_path: Path) -> None:
@@ -170,6 +209,14 @@ def test_mistakes(cli: Cli, model: str, tmp_path: Path) -> None:
         (["generate", "a", "-m", model, "--draft", "ngram"], "not implemented"),
         (["generate", "a", "-m", model, "--logit-bias", "x"], "--logit-bias x"),
         (["generate", "a", "-m", model, "--logit-bias", "999=1"], "token id 999"),
+        (["generate", "a", "-m", model, "--logit-bias", "5=1", "--logit-bias", "05=2"], "token 5 has one already"),
+        (["generate", "a", "-m", model, "--logit-bias", "1_0=1"], "--logit-bias 1_0=1"),
+        (["generate", "a", "-m", model, "--stop-token-id", "1_0"], "--stop-token-id"),
+        (["generate", "a", "-m", model, "--device", "cpu:0"], "torch:cpu:0"),
+        (["generate", "a", "-m", model, "--kv-memory", "1T"], "--kv-memory"),
+        (["generate", "a" * 70, "-m", model, "--kv-memory", "16K"], "holds 64 (kv_memory; the model's is 4000)"),
+        (["generate", "a", "-m", ""], "model is ''"),
+        (["generate", "--prompt-file", "", "-m", model], "--prompt-file is ''"),
         (["generate", "a", "-m", model, "--logprobs", "1"], "--logprobs is for --json"),
         (["generate", "a", "-m", str(tmp_path)], str(tmp_path)),
         (["generate", "a", "-m", str(tmp_path / "none")], "none"),
@@ -191,6 +238,22 @@ def test_help_and_version(cli: Cli) -> None:
     assert all(option in out for option in (options + "--ignore-eos --device --json").split())
 
 
+def test_sizes() -> None:
+    assert [size(text) for text in ("5", "5K", "5m", "5G")] == [5, 5 << 10, 5 << 20, 5 << 30]
+    for text in ("", "K", "1KB", "-1", "1.5G", "1_0"):
+        with pytest.raises(ValueError, match="is none"):
+            size(text)
+
+
+def test_statistics(cli: Cli, model: str) -> None:
+    bias = ("--logit-bias", "257=100", "-m", model)
+    assert cli("generate", "a", *bias, "-n", "3")[2].startswith("pronghorn: 1 tokens, prompt")
+    assert cli("generate", "a", *bias, "-n", "3", "--ignore-eos")[2].startswith("pronghorn: 3 tokens (length) at ")
+    lines = cli("chat", "-m", model, "-n", "3", stdin="a" * 70 + "\nb\n")[2].splitlines()
+    assert "cached" not in lines[0]
+    assert "(64 cached)" in lines[1]
+
+
 def start(*args: str, **options: Any) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.Popen([*COMMAND, *args], env=environment, stderr=subprocess.PIPE, **options)
@@ -206,6 +269,78 @@ def test_text_comes_as_it_is_made_and_ctrl_c_ends_it(model: str) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, b"pronghorn: interrupted\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+def test_ctrl_c_at_any_time(model: str) -> None:
+    """While modules are imported, and three times in a row: one line, and no going on."""
+    for i in range(12):
+        process = start("generate", "hello", "-m", model, *ENDLESS, "--device", ("cpu", "reference")[i % 2],
+                        stdout=subprocess.DEVNULL)  # fmt: skip
+        handled, deadline = 0, time.monotonic() + 30
+        while not handled and time.monotonic() < deadline:  # until our own handler stands, the interpreter's is there
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            handled = int(status.partition("SigCgt:")[2].split()[0], 16) >> signal.SIGALRM - 1 & 1
+        time.sleep(0.008 * i)
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.002)
+        _, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (130, b"pronghorn: interrupted\n")
+
+
+def test_a_dropped_ctrl_c_comes_again(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deaf:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def listen() -> None:
+        Deaf()
+        time.sleep(20)
+
+    monkeypatch.setattr("pronghorn.weights.hub.default_model", listen)
+    before = signal.getsignal(signal.SIGINT)
+    assert cli("pull") == (130, "", "pronghorn: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+    def translate() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("something else") from None
+
+    monkeypatch.setattr("pronghorn.weights.hub.default_model", translate)
+    assert cli("pull") == (130, "", "pronghorn: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "args", "status", "message"),
+    [
+        ("<&-", "generate a -n 2 -q", 0, b""),
+        ("<&-", "generate --prompt-file -", 2, b"standard input: Bad file descriptor"),
+        ("<&-", "chat", 2, b"standard input: Bad file descriptor"),
+        (">&-", "generate a -n 2", 1, b"standard output: Bad file descriptor"),
+        (">&-", "--help", 1, b"standard output: Bad file descriptor"),
+        ("2>&-", "generate a -n 2", 0, b""),
+        ("2>&-", "generate a --frobnicate", 2, b""),
+    ],
+)
+def test_closed_streams(model: str, redirection: str, args: str, status: int, message: bytes) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    more = "" if args == "--help" else f"-m '{model}'"
+    line = f"'{sys.executable}' -m pronghorn {args} {more} {redirection}"
+    done = subprocess.run(["sh", "-c", line], env=environment, capture_output=True, timeout=60)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert done.stderr.count(b"\n") == (1 if message else 0)
+
+
+def test_faults_of_the_system_that_are_not_the_output_s(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("pronghorn.weights.hub.default_model", fail)
+    fails(cli("pull"), "Too many open files")
 
 
 def test_ctrl_c_in_a_long_prompt(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,13 +390,18 @@ def test_text_is_utf_8_in_any_locale(model: str) -> None:
         ids = " ".join(map(str, llm.tokenizer.encode("é🙂")))
     done = subprocess.run(args, env=environment, input=ids.encode(), capture_output=True, check=True)
     assert done.stdout.decode() == "é🙂\n"
+    environment |= {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    args = [*COMMAND, "tokenize", "-m", model, "é🙂"]
+    done = subprocess.run(args, env=environment, capture_output=True, check=True)
+    assert done.stdout.decode().strip() == ids
 
 
 def test_the_road_to_the_first_token_is_light(model: str) -> None:
     """No module of weight: NumPy alone would take as long as all the rest."""
     code = (
         "import sys; from pronghorn.cli import main; status = main(sys.argv[1:]);"
-        "heavy = {'numpy', 'torch', 'asyncio', 'transformers', 'jinja2', 'tqdm', 'logging'} & set(sys.modules);"
+        "heavy = {'numpy', 'torch', 'asyncio', 'transformers', 'jinja2', 'tqdm', 'logging', 'shutil', 'dataclasses'};"
+        "heavy &= set(sys.modules);"
         "print(*heavy, file=sys.stderr); sys.exit(status)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from pronghorn import (
 )
 from pronghorn.engine import sampling
 from pronghorn.generation import TextStream
-from pronghorn.llm import free_memory, pages_for
+from pronghorn.llm import Later, describe, free_memory, pages_for, room_of
 from tiny import BOS, EOS, STORY, save_tiny
 
 
@@ -182,6 +183,16 @@ def test_text_goes_on_from_the_prompt(llm: LLM) -> None:
     assert llm.generate([first], params).text == "é"
 
 
+def test_the_prompt_is_not_in_the_output(stories: Path) -> None:
+    """Also where it ends with a run of byte tokens, as an emoji is for most of Llama's tokenizers."""
+    with LLM(stories) as llm:
+        params = SamplingParams(max_tokens=5)
+        for prompt in ("hello 😀", "日本語"):
+            out = llm.generate(prompt, params)
+            assert out.text.strip() == llm.tokenizer.decode(out.token_ids).strip()
+            assert llm.generate(prompt, params.replace(stop=prompt[-1])).finish_reason == "length"
+
+
 def test_eos(llm: LLM) -> None:
     """As the tokenizer's files say."""
     sure = SamplingParams(logit_bias={EOS: 100}, max_tokens=5)
@@ -281,6 +292,65 @@ def test_devices_agree(tiny: Path, alone: list[Any]) -> None:
         assert len(texts) == 1
 
 
+def test_cached_tokens_are_told_and_not_timed(llm: LLM) -> None:
+    ids, params = [9, 8] * 50, SamplingParams(max_tokens=2, ignore_eos=True)
+    for n_cached in (0, 96):
+        timings = llm.generate(ids, params).timings
+        assert timings.cached_tokens == n_cached
+        assert timings.prefill_tok_s == pytest.approx((100 - n_cached) / timings.ttft_s)
+
+
+def test_what_a_closed_stream_had(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=50, ignore_eos=True, seed=0, logprobs=1)
+    stream = llm.stream("hello", params)
+    chunks = [next(stream), next(stream)]
+    stream.close()
+    out = stream.output()
+    assert (out.finish_reason, out.text) == ("cancelled", "".join(chunk.text for chunk in chunks))
+    assert out.token_ids == [token for chunk in chunks for token in chunk.token_ids]
+    assert out.logprobs
+    assert len(out.logprobs) == len(out.token_ids)
+    unused = llm.stream("hello", params)
+    unused.close()
+    out = unused.output()
+    assert (out.finish_reason, out.token_ids, out.timings.prefill_tok_s) == ("cancelled", [], 0)
+    done = llm.stream("hello", params)
+    assert list(done)
+    done.close()
+    assert done.output().finish_reason == "length"
+
+
+def test_what_is_no_prompt(llm: LLM) -> None:
+    for prompt in (b"abc", bytearray(b"a"), [1.0, 2.0], 5, None, {1: 2}, [2**40], [None], [b"ab"], iter([1]), [1, "a"]):
+        with pytest.raises(PromptError, match="the prompt is"):
+            llm.generate(prompt, SamplingParams(max_tokens=1))  # type: ignore[call-overload]
+    for ids in ("abc", b"abcd", [2**40], [1.5], 5):
+        with pytest.raises(PromptError, match="no list of token ids"):
+            llm.logits(ids)  # type: ignore[arg-type]
+    for params in (5, {"max_tokens": 3}, [5]):
+        with pytest.raises(ParameterError, match=r"params is .*expected SamplingParams"):
+            llm.generate("a" if params != [5] else ["a"], params)  # type: ignore[call-overload]
+    with pytest.raises(ParameterError, match="params is 5"):
+        llm.stream("a", 5)  # type: ignore[arg-type]
+    arrays = llm.generate([np.array([8]), np.array([9])], SamplingParams(max_tokens=1))  # type: ignore[list-item]
+    assert [out.prompt_token_ids for out in arrays] == [[8], [9]]
+
+
+def test_requests_with_other_ends_may_overlap(llm: LLM) -> None:
+    """What ends a sequence is the request's own."""
+    sure = SamplingParams(logit_bias={EOS: 100}, max_tokens=3)
+    forever, ended = llm.generate(["a", "a"], [sure.replace(ignore_eos=True), sure])
+    assert (forever.token_ids, ended.token_ids) == ([EOS] * 3, [EOS])
+
+
+def test_without_threads_it_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert Later(lambda: 5).get() == 5
+
+
 def test_timings(llm: LLM) -> None:
     out = llm.generate([1] * 50, SamplingParams(max_tokens=11, ignore_eos=True))
     timings = out.timings
@@ -306,6 +376,9 @@ def test_without_a_tokenizer(tiny: Path, tmp_path: Path) -> None:
             llm.generate("text")
         with pytest.raises(CheckpointError):
             llm.generate([1], SamplingParams(stop="a"))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with LLM(tmp_path) as llm, pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        llm.generate([1])  # a damaged one is not "none"
 
 
 def test_chat(llm: LLM) -> None:
@@ -332,6 +405,23 @@ def test_closed_and_forked(tiny: Path) -> None:
         finally:
             os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    code = """if True:
+        import os, sys, pronghorn
+        llm = pronghorn.LLM(sys.argv[1], threads=2)
+        llm.generate("a")
+        child = os.fork()
+        if child == 0:
+            try:
+                llm.generate("a")
+            except pronghorn.PronghornError as error:
+                sys.exit(7 if "forked" in str(error) else 1)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, tiny], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (7, "")  # the child leaves as others do
     llm.close()
     llm.close()
     with pytest.raises(PronghornError, match="closed"):
@@ -360,12 +450,17 @@ def test_an_unknown_instruction_set_is_one_line(tiny: Path) -> None:
         ({"draft": "self-int4"}, "not implemented"),
         ({"kv_memory": 0}, "kv_memory is 0"),
         ({"kv_memory": 100}, "32 tokens alone need"),
-        ({"device": "abacus"}, "abacus"),
+        ({"device": "abacus"}, "device is 'abacus': expected cpu, reference, or a device of PyTorch's"),
+        ({"device": None}, "device is None: expected cpu"),
+        ({"device": 5}, "device is 5: expected cpu"),
+        ({"device": "cpu:0"}, "torch:cpu:0"),
+        ({"model": ""}, "model is ''"),
+        ({"model": 5}, "model is 5"),
     ],
 )
 def test_options_are_checked(tiny: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ParameterError, ConfigError), match=message) as error:
-        LLM(tiny, **options)
+        LLM(**{"model": tiny, **options})
     assert "\n" not in str(error.value)
 
 
@@ -373,8 +468,12 @@ def test_kv_memory(tiny: Path) -> None:
     token = 2 * 2 * 2 * 8 * 4
     with LLM(tiny, kv_memory=5 * 32 * token + 1) as llm:
         assert llm.context == 160
-        with pytest.raises(PromptError, match="context holds 160"):
+        with pytest.raises(PromptError, match=r"context holds 160 \(kv_memory; the model's is 300\)"):
             llm.generate([1] * 160)
+        with pytest.raises(PromptError, match=r"context holds 160 \(kv_memory; the model's is 300\)"):
+            llm.logits([1] * 161)
+    with LLM(tiny, threads=np.int64(1), kv_memory=np.int64(2**20)) as llm:  # type: ignore[arg-type]
+        assert llm.context == 300
     with pytest.raises(ParameterError, match="this machine has"):
         LLM(tiny, kv_memory=2**60)
     code = "import resource, sys, pronghorn; resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30));"
@@ -382,9 +481,21 @@ def test_kv_memory(tiny: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", code, tiny], env=environment, capture_output=True, text=True)
     assert "no room for 1073741824 bytes of keys and values" in done.stderr
+    assert "choose a smaller kv_memory" in done.stderr
     assert pages_for(1, 10, 3, None) == 3
-    assert pages_for(2**50, 10, 3, None) == 1
+    assert pages_for(2**50, 33, 3, None) == 2  # a full context always, whatever is free now
     assert 2**20 < free_memory() < 2**50
+
+
+def test_a_control_group_counts_no_files(tmp_path: Path) -> None:
+    """What it holds of files makes room when it is wanted."""
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 350\nactive_file 250\nshmem 7\n")
+    assert room_of(tmp_path) == 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert room_of(tmp_path) == float("inf")
+    assert room_of(tmp_path / "none") == float("inf")
 
 
 def test_info(llm: LLM) -> None:
@@ -394,6 +505,10 @@ def test_info(llm: LLM) -> None:
         ("f32", "f32", "mapped")
     ]
     assert facts["kv_bytes"]["f32"] == {"128": 128 * 256, "256": 256 * 256, "300": 300 * 256}
+    assert facts["weight_bytes"] == facts["weights"][0]["becomes_bytes"] == facts["bytes"]
+    assert facts["total_bytes"]["bf16"]["256"] == facts["bytes"] + 256 * 128
+    less = describe(llm._checkpoint, "int4")
+    assert less["weight_bytes"] == sum(entry["becomes_bytes"] for entry in less["weights"]) < facts["bytes"] / 2
     json.dumps(facts)
 
 
@@ -408,6 +523,20 @@ def test_golden(stories: Path, form: str) -> None:
         assert golden.startswith(STORY + story.text)
     with LLM(stories / form, use_cache=False) as llm:
         assert llm.generate(STORY, SamplingParams(max_tokens=120)).text == story.text
+
+
+@pytest.mark.skipif(not os.environ.get("PRONGHORN_GPT2_124M"), reason="PRONGHORN_GPT2_124M is not set (its folder)")
+def test_gpt2_124m() -> None:
+    """The real GPT-2, greedily."""
+    with LLM(os.environ["PRONGHORN_GPT2_124M"]) as llm:
+        params = SamplingParams(max_tokens=20)
+        out = llm.generate(
+            "Alan Turing theorized that computers would one day become very powerful, but even he could not imagine",
+            params,
+        )
+        ids = "703 484 561 307 1498 284 466 523 13 198 198 1 40 892 326 262 749 1593 1517 318"
+        assert out.token_ids == [int(part) for part in ids.split()]
+        assert llm.generate("My name is", params).text.startswith(" John. I'm a man of God. I")
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "int8", "int4"])

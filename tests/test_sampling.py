@@ -237,8 +237,8 @@ def test_log_probabilities() -> None:
     ("name", "values"),
     [
         ("max_tokens", (0, -1, 1.5, "3", True)),
-        ("temperature", (-1, 101, INF, math.nan, "1", None, 1e-7, True)),
-        ("top_k", (-1, 2.0, None)),
+        ("temperature", (-1, 101, INF, math.nan, "1", None, 1e-7, True, np.ones(1), 10**400)),
+        ("top_k", (-1, 2.0, None, np.True_, np.ones(2, int))),
         ("top_p", (0, 1.01, -0.5, math.nan)),
         ("min_p", (-0.1, 1.1)),
         ("repetition_penalty", (0, -1, math.nan)),
@@ -269,4 +269,15 @@ def test_parameters_are_values() -> None:
     assert (params.seed, params.logprobs, params.stop) == (0, 0, ("x",))
     with pytest.raises(AttributeError, match="immutable"):
         params.seed = 1
+    with pytest.raises(TypeError):
+        params.logit_bias[3] = 1.0  # type: ignore[index]
+    same = SamplingParams(max_tokens=5, seed=0, logprobs=0, stop=["x"], logit_bias={3: -INF})
+    assert hash(params) == hash(same)
+    assert {params: 1}[same] == 1
+    assert hash(params) != hash(params.replace(seed=1))
+    scalars = SamplingParams(
+        temperature=np.float32(0.5), top_k=np.int64(4), seed=np.uint64(3), logit_bias={np.int64(3): np.float32(-np.inf)}
+    )
+    assert scalars == SamplingParams(temperature=0.5, top_k=4, seed=3, logit_bias={3: -INF})
+    assert repr(scalars) == "SamplingParams(temperature=0.5, top_k=4, logit_bias={3: -inf}, seed=3)"
     assert fresh_seed() != fresh_seed()

@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pronghorn.errors import CheckpointError, PromptError, PronghornError
+from pronghorn.errors import CheckpointError, NoTokenizer, PromptError, PronghornError
 from pronghorn.text import open_tokenizer
 from pronghorn.text.derive import PRE_TOKENIZERS, from_gguf
 from pronghorn.text.stream import _BYTE_OF, StreamDecoder, plan
@@ -600,6 +602,70 @@ def test_invalid_utf8_is_replaced_as_in_the_whole(qwen2: Any) -> None:
         ids = [tokenizer._backend.token_to_id(alphabet[byte]) for byte in data]
         assert tokenizer.decode(ids) == data.decode("utf-8", "replace")
         assert _streamed(tokenizer, ids, True) == data.decode("utf-8", "replace")
+
+
+def _continuation(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
+    stream = tokenizer.stream()
+    stream.prime(prompt)
+    return "".join([*map(stream.push, ids), stream.finish()])
+
+
+def test_a_primed_stream_is_the_continuation_alone(every: list[Tokenizer]) -> None:
+    """Nothing of the prompt, however it ends; but its last character is made whole, and a space may begin."""
+    for at, tokenizer in enumerate(every):
+        for prompt in ("hello 😀", "日本語😀", "a", "😀" * 9, "a" * 40):
+            for text in ("😀 b", "é", " the end"):
+                try:
+                    before = tokenizer.encode(prompt, add_special=False)
+                    ids = tokenizer.encode(f"a{text}", add_special=False)[
+                        len(tokenizer.encode("a", add_special=False)) :
+                    ]
+                except CheckpointError:  # the toy vocabularies lack most characters
+                    continue
+                # What follows a letter, and so no stripped space and no run of bytes, is the text of the ids alone.
+                context = tokenizer.encode("a", add_special=False)
+                expected = tokenizer.decode([*context, *ids])[len(tokenizer.decode(context)) :]
+                assert _continuation(tokenizer, before, ids) == expected, (at, prompt, text)
+
+
+def test_a_primed_stream_completes_a_character(every: list[Tokenizer]) -> None:
+    completed = 0
+    for tokenizer in every:
+        try:
+            ids = tokenizer.encode("a𓂀", add_special=False)
+        except CheckpointError:
+            continue
+        for n in range(1, 4):
+            if tokenizer.decode(ids[-n:]).strip("�") == "" and len(ids) > n:  # within the character
+                completed += 1
+                assert _continuation(tokenizer, [*ids, *ids[:-n]], ids[-n:]) == "𓂀"
+    assert completed > 3
+
+
+def test_a_cached_tokenizer_needs_no_derivation(tmp_path: Path) -> None:
+    spm = _train_sentencepiece(tmp_path, model_type="bpe", vocab_size=600, normalization_rule_name="identity")
+    folder = _write(tmp_path / "model", tokenizer__model=spm)
+    code = (
+        "import sys; from pathlib import Path; from pronghorn.text import open_tokenizer;"
+        "from pronghorn.weights import TokenizerSource; open_tokenizer(TokenizerSource(folder=Path(sys.argv[1])));"
+        "print('pronghorn.text.derive' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for derived in ("True\n", "False\n"):
+        done = subprocess.run([sys.executable, "-c", code, folder], env=environment, capture_output=True, text=True)
+        assert done.stdout == derived, done.stderr
+
+
+def test_a_damaged_tokenizer_is_not_none_at_all(tmp_path: Path) -> None:
+    with pytest.raises(NoTokenizer, match="holds no tokenizer"):
+        _open(_write(tmp_path / "none"))
+    with pytest.raises(CheckpointError) as error:
+        _open(_write(tmp_path / "damaged", tokenizer__json=b"{"))
+    assert not isinstance(error.value, NoTokenizer)
+    (tmp_path / "none" / "tokenizer.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="No such file") as error:
+        _open(tmp_path / "none")
+    assert not isinstance(error.value, NoTokenizer)
 
 
 def test_a_stream_costs_the_same_for_every_token() -> None:

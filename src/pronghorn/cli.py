@@ -1,7 +1,8 @@
 """The command line: text to standard output, all else to standard error.
 
-Exit status: 0; 1 for an output that cannot be written; 2 for a user's mistake, in one line; 130 after Ctrl-C; 141
-where whoever read the output has closed it, as the shell reports it of other programs.
+Exit status: 0; 1 where standard output cannot be written; 2 for all else that is wrong, a user's mistake or a fault of
+the system, in one line; 130 after Ctrl-C; 141 where whoever read the output has closed it, as the shell reports it of
+other programs.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,45 +21,133 @@ from pronghorn import __version__
 from pronghorn.errors import ParameterError, PromptError, PronghornError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
     from pronghorn.engine.sampling import SamplingParams
     from pronghorn.generation import Output, Stream
     from pronghorn.llm import LLM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command -> the exit status."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # models speak UTF-8, whatever the locale
-            stream.reconfigure(encoding="utf-8", errors="replace" if stream is not sys.stdin else "strict")
+    """Runs a command -> the exit status. `argv` None is the program itself, which ends with it."""
+    standard_streams()
     try:
-        args = parser().parse_args(argv)
-        command: Callable[[argparse.Namespace], None] = args.command
-        command(args)
-        sys.stdout.flush()
-    except PronghornError as error:
-        say(f"error: {error}")
-        return 2
+        with Interrupts(last=argv is None):
+            try:
+                args = parser().parse_args(argv)
+                args.command(args)
+                status = 0
+            except SystemExit as end:  # --help, --version, or a mistake in the arguments
+                status = int(end.code or 0)
+            write("")
+            return status
     except KeyboardInterrupt:
         say("interrupted")
+        if argv is None:  # at once: a thread may wait for an import that will never end, and be waited for
+            os._exit(130)
         return 130
-    except BrokenPipeError:
-        # The interpreter flushes once more at exit: into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        say(f"error: {error}")
+    except OutputError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            return 141
+        say(f"error: standard output: {error}")
         return 1
-    return 0
+    except (PronghornError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+
+
+def standard_streams() -> None:
+    """Makes the three streams UTF-8, whatever the locale, since models speak it.
+
+    One that is closed gets a file of its own, so that no model's file takes its number: what is said to standard
+    error is lost then, and using one of the others is an error.
+    """
+    for name, mode, flags in (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="strict" if name == "stdin" else "replace")
+
+
+class Interrupts:
+    """Ctrl-C as a KeyboardInterrupt that surely arrives; the next ones find us on the way out, and change nothing.
+
+    Python drops what is raised in a destructor or in a callback of an import, and a library may catch it or make
+    another error of it. So it comes again until it is here. `last`: the process ends after this, and Ctrl-C stays
+    without effect.
+    """
+
+    def __init__(self, *, last: bool) -> None:
+        self.last = last
+        self.came = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        self.hook, sys.unraisablehook = sys.unraisablehook, self.dropped
+        try:
+            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a job in the background
+                for number in (signal.SIGINT, signal.SIGALRM):
+                    self.before[number] = signal.signal(number, self.interrupt)
+        except ValueError:  # in a thread, which no signal reaches
+            pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_IGN if self.last else handler)
+        sys.unraisablehook = self.hook
+        if self.came and error:
+            raise KeyboardInterrupt from error
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The handler of signals."""
+        if not self.came or number == signal.SIGALRM:
+            self.came = True
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            raise KeyboardInterrupt
+
+    def dropped(self, report: sys.UnraisableHookArgs) -> None:
+        """What Python calls to report an exception that it drops."""
+        if not issubclass(report.exc_type, KeyboardInterrupt):
+            self.hook(report)
+
+
+class OutputError(Exception):
+    """Standard output cannot be written."""
+
+
+def write(text: str) -> None:
+    """Writes to standard output, at once."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # What comes now, if only the interpreter's flush at its end, goes into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(error.strerror) from error
 
 
 def say(line: str) -> None:
-    """One line to standard error, wherever the cursor is."""
-    sys.stdout.flush()
-    print(f"pronghorn: {' '.join(line.split())}", file=sys.stderr)
+    """One line to standard error; where that is gone, there is nobody to tell."""
+    with suppress(OSError):
+        print(f"pronghorn: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
+class Formatter(argparse.HelpFormatter):
+    """argparse's, which would import much to learn the terminal's width, and does so at every start."""
+
+    def __init__(self, prog: str) -> None:
+        columns = os.environ.get("COLUMNS", "")
+        super().__init__(prog, width=(int(columns) if columns.isdecimal() else 100) - 2)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with mistakes in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, formatter_class=Formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"pronghorn: error: {message} (see: {self.prog} --help)\n")
@@ -64,20 +155,22 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    top = Parser(prog="pronghorn", description="GPT-2 and Llama models at the speed of the memory.", allow_abbrev=False)
+    top = Parser(prog="pronghorn", description="GPT-2 and Llama models at the speed of the memory.")
     top.add_argument("--version", action="version", version=f"pronghorn {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made = commands.add_parser(name, help=text, description=text)
         made.set_defaults(command=run)
         return made
 
     add = command("generate", generate, "Go on from a prompt.")
-    add.add_argument("prompt", nargs="?", metavar="PROMPT", help='the text to go on from; "" starts from nothing')
+    add.add_argument(
+        "prompt", nargs="?", type=utf8, metavar="PROMPT", help='the text to go on from; "" starts from nothing'
+    )
     prompt_options(add)
     add.add_argument("--chat", action="store_true", help="ask PROMPT as a user, in the model's chat template")
-    add.add_argument("--system", metavar="TEXT", help="with --chat: the system's message")
+    add.add_argument("--system", type=utf8, metavar="TEXT", help="with --chat: the system's message")
     sampling_options(add, max_tokens=128)
     add.add_argument("--logprobs", type=int, metavar="N", help="with --json: each token's and the N likeliest's")
     model_options(add)
@@ -85,13 +178,13 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("-q", "--quiet", action="store_true", help="no line of statistics at the end")
 
     add = command("chat", chat, "Talk with a model. /clear begins anew, /exit or the end of input leaves.")
-    add.add_argument("--system", metavar="TEXT", help="the system's message")
+    add.add_argument("--system", type=utf8, metavar="TEXT", help="the system's message")
     sampling_options(add, max_tokens=None)
     model_options(add)
     add.add_argument("-q", "--quiet", action="store_true", help="no line of statistics after each answer")
 
     add = command("tokenize", tokenize, "Text to token ids, or back.")
-    add.add_argument("text", nargs="*", metavar="TEXT", help="the text; with --decode: token ids")
+    add.add_argument("text", nargs="*", type=utf8, metavar="TEXT", help="the text; with --decode: token ids")
     prompt_options(add)
     add.add_argument("--decode", action="store_true", help="token ids to text")
     add.add_argument("--no-special", action="store_true", help="leave out BOS, EOS and the like")
@@ -100,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = command("info", info, "What a model is, and the memory that it needs.")
     add.add_argument("-m", "--model", help=MODEL)
-    add.add_argument("--dtype", default="auto", help="auto, f32, bf16, int8 or int4: what weights would become")
+    add.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4: what weights would become")
     add.add_argument("--json", action="store_true", help="print one object")
 
     add = command("pull", pull, "Fetch the default model, SmolLM2-135M-Instruct, and print where it is.")
@@ -112,17 +205,20 @@ MODEL = "a folder, a .safetensors or .gguf file, or a name from pull (default: S
 
 def prompt_options(add: argparse.ArgumentParser) -> None:
     """Where text may come from besides the command line."""
-    add.add_argument("--prompt-file", metavar="FILE", help="read the text from a file (- is standard input)")
+    text = "read the text from a file (- is standard input), without the line end that closes it"
+    add.add_argument("--prompt-file", metavar="FILE", help=text)
 
 
 def model_options(add: argparse.ArgumentParser) -> None:
     """Which model, and how it runs."""
     group = add.add_argument_group("model")
     group.add_argument("-m", "--model", help=MODEL)
-    group.add_argument("--dtype", default="auto", help="auto, f32, bf16, int8 or int4 (default: the file's own)")
+    group.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4 (default: the file's own)")
     group.add_argument("--kv-dtype", default="auto", help="auto, f32 or bf16: how keys and values are kept")
+    text = "memory for keys and values, in bytes, or with K, M or G (default: a full context's at least)"
+    group.add_argument("--kv-memory", type=size, metavar="SIZE", help=text)
     group.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
-    group.add_argument("--device", default="cpu", help="cpu, cuda, another torch device, or reference")
+    group.add_argument("--device", default="cpu", help="cpu, reference, or PyTorch's: cuda, torch:cpu, ...")
     group.add_argument("--no-cache", action="store_true", help="compute all from the beginning for every token")
     group.add_argument("--draft", metavar="DRAFT", help="speculation: self-int4, ngram or MODEL")
 
@@ -144,8 +240,10 @@ def sampling_options(add: argparse.ArgumentParser, max_tokens: int | None) -> No
     ):
         group.add_argument(f"--{name}", type=of, default=argparse.SUPPRESS, metavar=name[-1].upper(), help=text)
     group.add_argument("--logit-bias", action="append", default=[], metavar="ID=X", help="add X to a token's logit")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
-    group.add_argument("--stop-token-id", action="append", type=int, default=[], metavar="ID", help="end at a token")
+    group.add_argument("--stop", action="append", type=utf8, default=[], metavar="TEXT", help="end before this text")
+    group.add_argument(
+        "--stop-token-id", action="append", type=token_id, default=[], metavar="ID", help="end at a token"
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end of the sequence")
 
 
@@ -155,17 +253,40 @@ def params_of(args: argparse.Namespace) -> SamplingParams:
 
     given = vars(args)
     values = {name: given[name] for name in NAMES if name in given}
-    values["logit_bias"] = dict(biased(text) for text in args.logit_bias)
+    values["logit_bias"] = biases = {}
+    for text in args.logit_bias:
+        index, bias = biased(text)
+        if index in biases:
+            raise ParameterError(f"--logit-bias {text}: token {index} has one already")
+        biases[index] = bias
     return SamplingParams(**values, stop_token_ids=args.stop_token_id)
 
 
 def biased(text: str) -> tuple[int, float]:
     """ID=X as numbers."""
-    token_id, _, bias = text.partition("=")
+    index, _, bias = text.partition("=")
     try:
-        return int(token_id), float(bias)
+        return token_id(index), float(bias)
     except ValueError:
         raise ParameterError(f"--logit-bias {text}: expected ID=X, such as 50256=-inf") from None
+
+
+def utf8(argument: str) -> str:
+    """An argument as the text that its bytes are, whatever the locale."""
+    return os.fsencode(argument).decode()
+
+
+def token_id(text: str) -> int:
+    """A token id, in plain decimal digits."""
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"{text!r} is none")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """Bytes, of which K, M and G are 1024, its square and its cube."""
+    unit = " KMG".find(text[-1:].upper())
+    return token_id(text[:-1]) * 1024**unit if unit > 0 else token_id(text)
 
 
 def load(args: argparse.Namespace) -> LLM:
@@ -179,21 +300,29 @@ def load(args: argparse.Namespace) -> LLM:
         threads=args.threads,
         draft=args.draft,
         kv_dtype=args.kv_dtype,
+        kv_memory=args.kv_memory,
         use_cache=not args.no_cache,
     )
 
 
-def text_of(given: str | None, file: str | None) -> str:
+def text_of(given: str | None, file: str | None, what: str = "a text") -> str:
     """The text of the command line, or of the file: without the line end that closes it."""
     if (given is None) == (file is None):
-        raise PromptError("give either a text or --prompt-file FILE (- is standard input)")
+        raise PromptError(f"give either {what} or --prompt-file FILE (- is standard input)")
     if file is None:
         return given or ""
+    if not file:
+        raise PromptError("--prompt-file is '': expected a file, or - for standard input")
     try:
         text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{file}: {error.strerror if isinstance(error, OSError) else error}") from None
+        raise unreadable("standard input" if file == "-" else file, error) from None
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def unreadable(name: str, error: OSError | UnicodeDecodeError) -> PromptError:
+    """What to raise for a file that cannot be read, or is no text."""
+    return PromptError(f"{name}: {error.strerror if isinstance(error, OSError) else error}")
 
 
 def messages_of(system: str | None, user: str) -> list[dict[str, str]]:
@@ -231,20 +360,17 @@ def chat(args: argparse.Namespace) -> None:
         if interactive:
             import readline  # noqa: F401 (gives input() its line editing)
 
-            print(f"{llm.path.name}: /clear begins anew, /exit leaves", file=sys.stderr)
+            say(f"{llm.path.name}: /clear begins anew, /exit leaves")
         start = messages_of(args.system, "")[:-1]
         messages = list(start)
         while True:
-            try:
-                line = input("> " if interactive else "").strip()
-            except EOFError:
+            line = ask(interactive)
+            command = "/exit" if line is None else line.strip()
+            if line is None or command == "/exit":
                 return
-            if line == "/exit":
-                return
-            if line == "/clear":
+            if command == "/clear":
                 messages = list(start)
-                continue
-            if not line:
+            if command in ("", "/clear"):
                 continue
             messages.append({"role": "user", "content": line})
             try:
@@ -260,6 +386,22 @@ def chat(args: argparse.Namespace) -> None:
                 statistics(stream.output())
 
 
+def ask(interactive: bool) -> str | None:
+    """The user's next line, without its end; None at the end of the input."""
+    try:
+        if not interactive:
+            line = sys.stdin.buffer.readline().decode()
+            return line.removesuffix("\n").removesuffix("\r") if line else None
+        if sys.stdout.isatty():  # then readline edits the line there, and must know what stands before it
+            return input("> ")
+        print("> ", end="", file=sys.stderr, flush=True)
+        return input()
+    except EOFError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable("standard input", error) from None
+
+
 def show(stream: Stream) -> str:
     """Writes a stream's text as it comes, and ends the line -> the text."""
     text = ""
@@ -267,22 +409,21 @@ def show(stream: Stream) -> str:
         for chunk in stream:
             if chunk.text:
                 text += chunk.text
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
+                write(chunk.text)
     finally:
         stream.close()
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        write("\n")
     return text
 
 
 def statistics(out: Output) -> None:
     """The line of speeds, on standard error."""
     timings = out.timings
-    parts = [f"{len(out.token_ids)} tokens"]
+    parts = [f"{len(out.token_ids)} tokens{' (length)' if out.finish_reason == 'length' else ''}"]
     if timings.decode_tok_s and timings.bandwidth_gb_s:
         parts[0] += f" at {timings.decode_tok_s:.1f} tok/s ({timings.bandwidth_gb_s:.1f} GB/s)"
-    parts.append(f"prompt of {len(out.prompt_token_ids)} at {timings.prefill_tok_s:.0f} tok/s")
+    cached = f" ({timings.cached_tokens} cached)" if timings.cached_tokens else ""
+    parts.append(f"prompt of {len(out.prompt_token_ids)}{cached} at {timings.prefill_tok_s:.0f} tok/s")
     parts.append(f"first token after {timings.ttft_s:.3f} s; loaded in {timings.load_s:.3f} s")
     say(", ".join(parts))
 
@@ -291,62 +432,71 @@ def tokenize(args: argparse.Namespace) -> None:
     """`pronghorn tokenize`."""
     from pronghorn.llm import load_tokenizer, open_model
 
-    if args.decode and not args.prompt_file:
-        text = " ".join(args.text)
-    else:
-        if len(args.text) > 1:
-            raise PromptError("give one text, in quotes")
-        text = text_of(args.text[0] if args.text else None, args.prompt_file)
+    if len(args.text) > 1 and not args.decode:
+        raise PromptError("give one text, in quotes")
+    text = text_of(
+        " ".join(args.text) if args.text else None, args.prompt_file, "token ids" if args.decode else "a text"
+    )
+    ids = ids_of(text) if args.decode else []
     tokenizer = load_tokenizer(open_model(args.model).tokenizer)
     if args.decode:
-        try:
-            ids = [int(part) for part in text.replace(",", " ").split()]
-        except ValueError as error:
-            raise PromptError(f"--decode takes token ids: {error}") from None
-        for token_id in ids:
-            if not 0 <= token_id < tokenizer.vocab_size:
-                raise PromptError(f"token id {token_id} is outside of the vocabulary (0 to {tokenizer.vocab_size - 1})")
+        for index in ids:
+            if index >= tokenizer.vocab_size:
+                raise PromptError(f"token id {index} is outside of the vocabulary (0 to {tokenizer.vocab_size - 1})")
         text = tokenizer.decode(ids, skip_special=args.no_special)
-        if not args.json:
-            print(text)
-            return
     else:
         ids = tokenizer.encode(text, add_special=not args.no_special)
-        if not args.json:
-            print(*ids)
-            return
-    tokens = [tokenizer.id_to_token(token_id) for token_id in ids]
+    if not args.json:
+        write((text if args.decode else " ".join(map(str, ids))) + "\n")
+        return
+    tokens = [tokenizer.id_to_token(index) for index in ids]
     print_json({"text": text, "token_ids": ids, "tokens": tokens})
+
+
+def ids_of(text: str) -> list[int]:
+    """The token ids of --decode, parted by spaces or commas."""
+    try:
+        ids = [token_id(part) for part in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise PromptError(f"--decode takes token ids: {error}") from None
+    if not ids:
+        raise PromptError("--decode takes token ids: there are none")
+    return ids
 
 
 def info(args: argparse.Namespace) -> None:
     """`pronghorn info`."""
     from pronghorn.llm import describe, open_model
-    from pronghorn.models import model_for
 
     checkpoint = open_model(args.model)
-    facts = describe(checkpoint, model_for(checkpoint.config), args.dtype)
+    facts = describe(checkpoint, args.dtype)
     if args.json:
         print_json(facts)
         return
-    print(f"{facts['path']}: {facts['format']}, {facts['parameters']:,} parameters, {size_of(facts['bytes'])}")
+    lines = [f"{facts['path']}: {facts['format']}, {facts['parameters']:,} parameters, {size_of(facts['bytes'])}"]
     for entry in facts["weights"]:
-        form = entry["dtype"] if entry["how"] == "mapped" else f"{entry['dtype']} to {entry['becomes']}"
-        print(f"  {entry['tensors']:5} tensors {size_of(entry['bytes']):>10}  {form}, {entry['how']}")
-    print("config")
-    for name, value in facts["config"].items():
-        print(f"  {name} = {value}")
-    print("keys and values, by tokens of context")
-    for length in next(iter(facts["kv_bytes"].values())):
-        sizes = "".join(f"  {dtype} {size_of(row[length]):>10}" for dtype, row in facts["kv_bytes"].items())
-        print(f"  {length:>8}{sizes}")
+        form = entry["dtype"]
+        if entry["how"] != "mapped":
+            form += f" to {entry['becomes']}, {size_of(entry['becomes_bytes'])}"
+        lines.append(f"  {entry['tensors']:5} tensors {size_of(entry['bytes']):>10}  {form}, {entry['how']}")
+    lines.append("config")
+    lines += [f"  {name} = {value}" for name, value in facts["config"].items()]
+    for title, rows in (
+        ("keys and values, by tokens of context", facts["kv_bytes"]),
+        (f"with the weights ({size_of(facts['weight_bytes'])})", facts["total_bytes"]),
+    ):
+        lines.append(title)
+        for length in next(iter(rows.values())):
+            sizes = "".join(f"  {dtype} {size_of(row[length]):>10}" for dtype, row in rows.items())
+            lines.append(f"  {length:>8}{sizes}")
+    write("\n".join(lines) + "\n")
 
 
 def pull(args: argparse.Namespace) -> None:
     """`pronghorn pull`."""
     from pronghorn.weights.hub import default_model
 
-    print(default_model())
+    write(f"{default_model()}\n")
 
 
 def size_of(n: float) -> str:
@@ -362,4 +512,4 @@ def print_json(value: dict[str, Any]) -> None:
     """One object on one line."""
     import json
 
-    print(json.dumps(value, ensure_ascii=False))
+    write(json.dumps(value, ensure_ascii=False) + "\n")

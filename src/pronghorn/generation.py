@@ -21,11 +21,12 @@ class Timings(NamedTuple):
     """
 
     load_s: float  # making the model ready
-    ttft_s: float  # from the call to the first token
-    prefill_tok_s: float  # prompt tokens in ttft_s
+    ttft_s: float  # from the call to the first token, or to the end where none came
+    prefill_tok_s: float  # prompt tokens that were computed in ttft_s
     decode_tok_s: float | None  # tokens after the first
     bytes_per_token: int
     bandwidth_gb_s: float | None  # bytes_per_token * decode_tok_s
+    cached_tokens: int  # of the prompt, whose keys and values the prefix cache had
 
 
 class Chunk(NamedTuple):
@@ -46,7 +47,7 @@ class Output(NamedTuple):
 
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop" or "length" (of max_tokens, or of the context)
+    finish_reason: str  # "stop", "length" (of max_tokens, or of the context), or "cancelled": a stream closed early
     logprobs: list[Logprob] | None
     prompt_token_ids: list[int]
     seed: int
@@ -81,8 +82,7 @@ class Generation:
         self.cancel = cancel
         self.started, self.first, self.last = started, 0.0, 0.0
         if decoder:
-            for token_id in request.token_ids[-8:]:  # the text goes on: a space may begin it, half a character end
-                decoder.push(token_id)
+            decoder.prime(request.token_ids)
 
     def advance(self) -> Chunk | None:
         """What is new since the last call, if anything."""
@@ -114,6 +114,12 @@ class Generation:
         ids = request.token_ids[start : self.n_read].tolist()
         return Chunk(text, ids, self.finish_reason, self._logprobs(start))
 
+    def end(self) -> None:
+        """Leaves it at what there is, if it has not finished."""
+        self.finish_reason = self.finish_reason or "cancelled"
+        self.last = self.last or time.perf_counter()
+        self.first = self.first or self.last
+
     def output(self) -> Output:
         """The whole, once it has finished."""
         request = self.request
@@ -132,10 +138,12 @@ class Generation:
     def timings(self) -> Timings:
         """See Timings."""
         n_prompt, n_new = self.request.n_prompt, self.n_read - self.request.n_prompt
+        n_cached = self.request.n_cached or 0
         ttft = self.first - self.started
+        prefill = (n_prompt - n_cached) / ttft if n_new else 0.0
         speed = (n_new - 1) / (self.last - self.first) if n_new > 1 and self.last > self.first else None
         size = self.cost.weight_bytes + self.cost.kv_bytes * (n_prompt + n_new // 2)
-        return Timings(self.cost.load_s, ttft, n_prompt / ttft, speed, size, speed and size * speed / 1e9)
+        return Timings(self.cost.load_s, ttft, prefill, speed, size, speed and size * speed / 1e9, n_cached)
 
     def _logprobs(self, start: int) -> list[Logprob] | None:
         if self.request.params.logprobs is None:
@@ -145,7 +153,10 @@ class Generation:
 
 
 class Stream(Iterator[Chunk]):
-    """The chunks of a generation, which runs as they are asked for. Closing it ends it and frees its memory."""
+    """The chunks of a generation. It runs while chunks are asked for: of this one, or of others that share its steps.
+
+    Closing it ends it and frees its memory.
+    """
 
     def __init__(self, generation: Generation, chunks: Generator[Chunk, None, None]) -> None:
         self._generation = generation
@@ -157,9 +168,10 @@ class Stream(Iterator[Chunk]):
     def close(self) -> None:
         """Ends the generation; no effect on one that has ended."""
         self._chunks.close()
+        self._generation.end()
 
     def output(self) -> Output:
-        """The whole, after the last chunk."""
+        """The whole, after the last chunk; after `close`, what had come by then."""
         return self._generation.output()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -13,11 +14,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from pronghorn.engine.engine import Engine
-from pronghorn.engine.sampling import SamplingParams
-from pronghorn.engine.scheduler import Request
-from pronghorn.errors import CheckpointError, ParameterError, PromptError, PronghornError
+from pronghorn.engine.sampling import SamplingParams, whole
+from pronghorn.engine.scheduler import Request, token_array
+from pronghorn.errors import NoTokenizer, ParameterError, PromptError, PronghornError
 from pronghorn.generation import Chunk, Cost, Generation, Output, Stream
-from pronghorn.models import Model, model_for
+from pronghorn.models import Model, model_of
 from pronghorn.ops import PAGE, Runner
 from pronghorn.weights import Checkpoint, open_checkpoint
 from pronghorn.weights.types import Dense, Matrix, Module
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")
 KV_SIZES = {"f32": 4, "bf16": 2}
+DEVICES = "cpu, reference, or a device of PyTorch's, such as cuda or torch:cpu"
 STEP_TOKENS = 512  # prompt tokens that a step computes: also how long Ctrl-C may wait
 SEQUENCES = 16  # of full context, that the KV cache has room for by default, if the memory does
 
@@ -43,9 +45,9 @@ class LLM:
     is the default model. `dtype`: "auto" runs the file's own format; f32, bf16, int8 and int4 convert. `device`:
     "cpu"; "reference", slow and obvious; or a torch device, such as "cuda" or "torch:cpu". `threads`: None is as
     many as this process may use. `kv_dtype`: "auto" is f32 for f32 and f16 weights, and bf16 for others.
-    `kv_memory`: bytes for keys and values; None takes a part of the free memory, which is not touched before it is
-    used. `use_cache=False` computes all from the beginning for every token, and `prefix_cache=False` never reuses what
-    another prompt has computed: neither changes a token.
+    `kv_memory`: bytes for keys and values; None is room for one sequence of full length, and for more in a part of
+    the free memory; none of it is touched before it is used. `use_cache=False` computes all from the beginning for
+    every token, and `prefix_cache=False` never reuses what another prompt has computed: neither changes a token.
 
     Generations may overlap, in one thread or in several: they share steps, and no token depends on the company.
 
@@ -79,11 +81,11 @@ class LLM:
         self.path = self._checkpoint.path
         source = self._checkpoint.tokenizer
         self._tokenizer = Later(lambda: load_tokenizer(source))
-        self.model = model_for(self._checkpoint.config)
-        tensors = self.model.resolve(self._checkpoint.tensors)
+        self.model, tensors = model_of(self._checkpoint)
 
         from pronghorn.weights.quantize import prepare
 
+        threads = None if threads is None else int(threads)
         weights = prepare(self._checkpoint, self.model.parameters(), tensors, dtype, threads)
         config = self.model.config
         if kv_dtype == "auto":
@@ -96,8 +98,11 @@ class LLM:
         try:
             runner = runner_for(self.model, Module.of(weights), device, threads, n_pages, kv_dtype)
         except MemoryError:
-            size = n_pages * PAGE * token_bytes
-            raise PronghornError(f"the memory has no room for {size} bytes of keys and values (kv_memory)") from None
+            n_tokens = n_pages * PAGE
+            raise PronghornError(
+                f"the memory has no room for {n_tokens * token_bytes} bytes of keys and values ({n_tokens} tokens): "
+                "choose a smaller kv_memory"
+            ) from None
         except RuntimeError as error:  # the environment asks for what the machine has not: PRONGHORN_ISA, a device
             raise PronghornError(str(error).partition("\n")[0]) from None
         self._engine: Engine | None = Engine(
@@ -140,7 +145,7 @@ class LLM:
         """
         one = is_prompt(prompts)
         listed = cast("Sequence[Prompt]", [prompts] if one else prompts)
-        many = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(listed)
+        many = params if isinstance(params, Sequence) else [params] * len(listed)
         if len(many) != len(listed):
             raise ParameterError(f"there are {len(listed)} prompts, but {len(many)} params")
         engine = self._ready()
@@ -167,7 +172,7 @@ class LLM:
         >>> "".join(chunk.text for chunk in llm.stream("Once upon a time", SamplingParams(max_tokens=8)))
         ', there was a little girl'
         """
-        generation = self._generation(prompt, params or SamplingParams())
+        generation = self._generation(prompt, params)
         return Stream(generation, self._chunks(generation))
 
     def _chunks(self, generation: Generation) -> Generator[Chunk, None, None]:
@@ -185,11 +190,11 @@ class LLM:
         """The logits after each token, float32 [tokens, vocabulary]."""
         import numpy as np
 
-        engine = self._ready()
-        result = np.empty((len(token_ids), self.model.config.vocab_size), np.float32)
+        engine, ids = self._ready(), token_array(token_ids)
+        result = np.empty((len(ids), self.model.config.vocab_size), np.float32)
         start = 0
         with self._lock:
-            for rows in engine.logits(token_ids):
+            for rows in engine.logits(ids):
                 chunk = np.frombuffer(rows, np.float32).reshape(-1, result.shape[1])
                 result[start : start + len(chunk)] = chunk
                 start += len(chunk)
@@ -206,7 +211,7 @@ class LLM:
 
     def info(self) -> dict[str, Any]:
         """What the model is and the memory that it needs: see `describe`."""
-        return describe(self._checkpoint, self.model, self.dtype)
+        return describe(self._checkpoint, self.dtype)
 
     def close(self) -> None:
         """Ends what runs, and lets go of weights and memory. `with LLM(...) as llm:` does it at the end."""
@@ -254,26 +259,28 @@ class LLM:
             if self._engine:
                 self._engine.finish(request, "cancelled")
 
-    def _generation(self, prompt: Prompt, params: SamplingParams) -> Generation:
+    def _generation(self, prompt: Prompt, params: SamplingParams | None) -> Generation:
         """A prompt on its way, checked."""
         started = time.perf_counter()
-        engine, config = self._ready(), self._checkpoint.config
+        engine, checkpoint = self._ready(), self._checkpoint
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ParameterError(f"params is {params!r}: expected SamplingParams")
         tokenizer: Tokenizer | None = None
         try:
             tokenizer = self.tokenizer
-            bos_ids: tuple[int, ...] = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-            eos_ids = tokenizer.eos_ids
-        except CheckpointError:
+            bos_ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+            eos_ids: Sequence[int] = tokenizer.eos_ids
+        except NoTokenizer:
             if isinstance(prompt, str) or params.stop:  # ids in, ids out does without
                 raise
-            bos_ids, eos_ids = token_ids_of(config.get("bos_token_id")), token_ids_of(config.get("eos_token_id"))
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if not len(token_ids):
-            if not bos_ids:
-                raise PromptError("the prompt is empty, and the model has no beginning-of-sequence token to start from")
-            token_ids = bos_ids[:1]
-        engine.eos_ids = frozenset(eos_ids)
-        request = Request(token_ids, params)
+            from pronghorn.text.tokenizer import token_ids
+
+            bos_ids, eos_ids = (token_ids(checkpoint.path, checkpoint.config, name) for name in ("bos", "eos"))
+        ids = token_array(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        if not ids and not bos_ids:
+            raise PromptError("the prompt is empty, and the model has no beginning-of-sequence token to start from")
+        request = Request(ids or bos_ids[:1], params, eos_ids)
         engine.check(request)
         decoder = tokenizer.stream() if tokenizer else None
         return Generation(request, decoder, self._cost, self._cancel, started)
@@ -290,7 +297,10 @@ class Later(Generic[T]):
         self._value: T
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system gives no more threads: then it is made at once
+            self._run()
 
     def _run(self) -> None:
         try:
@@ -300,7 +310,8 @@ class Later(Generic[T]):
 
     def get(self) -> T:
         """The value."""
-        self._thread.join()
+        if self._thread.ident:
+            self._thread.join()
         if self._error:
             raise self._error
         return self._value
@@ -308,7 +319,12 @@ class Later(Generic[T]):
 
 def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Whether this is one prompt, and not a list of them (which an empty list is)."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and hasattr(prompts[0], "__index__"))
+    if isinstance(prompts, (str, bytes, bytearray)):
+        return True
+    if isinstance(prompts, Mapping) or not all(hasattr(prompts, name) for name in ("__len__", "__getitem__")):
+        kind = type(prompts).__name__
+        raise PromptError(f"the prompt is of type {kind}: expected a text, a list of token ids, or a list of these")
+    return len(prompts) > 0 and not hasattr(prompts[0], "__len__")
 
 
 def check_options(
@@ -324,15 +340,18 @@ def check_options(
         raise ParameterError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     if kv_dtype not in ("auto", *KV_SIZES):
         raise ParameterError(f"kv_dtype is {kv_dtype!r}: expected one of auto, {', '.join(KV_SIZES)}")
+    if not isinstance(device, str):
+        raise ParameterError(f"device is {device!r}: expected {DEVICES}")
+    if device.startswith("cpu") and device != "cpu":
+        raise ParameterError(f"device is {device!r}: expected cpu, or torch:{device} to run it in PyTorch")
     if threads is not None:
-        if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
-            raise ParameterError(f"threads is {threads!r}: expected a whole number from 1 to 1024")
+        whole("threads", threads, 1, 1024)
         if device != "cpu":
             raise ParameterError(f"threads is {threads}: device {device!r} has no such choice")
     if draft is not None:
         raise ParameterError(f"draft is {draft!r}: speculation is not implemented yet")
-    if kv_memory is not None and (isinstance(kv_memory, bool) or not isinstance(kv_memory, int) or kv_memory < 1):
-        raise ParameterError(f"kv_memory is {kv_memory!r}: expected a number of bytes")
+    if kv_memory is not None:
+        whole("kv_memory", kv_memory, 1, sys.maxsize)
 
 
 def open_model(model: str | Path | None) -> Checkpoint:
@@ -341,6 +360,8 @@ def open_model(model: str | Path | None) -> Checkpoint:
         from pronghorn.weights.hub import default_model
 
         model = default_model()
+    if not isinstance(model, (str, os.PathLike)) or not str(model):
+        raise ParameterError(f"model is {model!r}: expected a folder, a file, or a name")
     return open_checkpoint(model)
 
 
@@ -361,23 +382,24 @@ def runner_for(model: Model, weights: Module, device: str, threads: int | None, 
         from pronghorn.ops.reference import ReferenceRunner
 
         return ReferenceRunner(model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS)
-    from pronghorn.ops.gpu import TorchRunner
+    name = device.removeprefix("torch:")
+    try:
+        from pronghorn.ops.gpu import TorchRunner
 
-    return TorchRunner(
-        model,
-        weights,
-        n_pages=n_pages,
-        kv_dtype=kv_dtype,
-        max_tokens=STEP_TOKENS,
-        device=device.removeprefix("torch:"),
-    )
+        return TorchRunner(model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS, device=name)
+    except PronghornError as error:  # PyTorch is not there, or has no such device
+        raise ParameterError(f"device is {device!r}: expected {DEVICES} ({error})") from None
 
 
 def pages_for(token_bytes: int, context: int, sequences: int, kv_memory: int | None) -> int:
-    """Pages of KV cache: what `kv_memory` holds, or else what a quarter of the free memory does, if so many help."""
-    page_bytes = token_bytes * PAGE
+    """Pages of KV cache: what `kv_memory` holds; or else a full context's, however little memory there is.
+
+    `sequences` full contexts have room where they need no more than a quarter of the free memory.
+    """
+    page_bytes, full = token_bytes * PAGE, -(-context // PAGE)
     if kv_memory is None:
-        return max(1, min(free_memory() // 4 // page_bytes, sequences * -(-context // PAGE)))
+        return max(full, min(free_memory() // 4 // page_bytes, sequences * full))
+    kv_memory = int(kv_memory)
     if kv_memory > physical_memory():
         raise ParameterError(f"kv_memory is {kv_memory}: this machine has {physical_memory()} bytes")
     if kv_memory < page_bytes:
@@ -394,22 +416,30 @@ def free_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its control group where one sets a limit."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free: float = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         free = physical_memory() // 2
     try:
         name = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
         group = Path("/sys/fs/cgroup" + name.rstrip())
-        for folder in [group, *group.parents]:
-            limit = folder / "memory.max"
-            if limit.exists() and (text := limit.read_text().strip()) != "max":
-                free = min(free, int(text) - int((folder / "memory.current").read_text()))
-    except (OSError, StopIteration, ValueError):
+        free = min(free, *(room_of(folder) for folder in [group, *group.parents]))
+    except (OSError, StopIteration):
         pass  # no such groups here
     room = resource.getrlimit(resource.RLIMIT_AS)[0]
     if room != resource.RLIM_INFINITY and (statm := Path("/proc/self/statm")).exists():
         free = min(free, room - int(statm.read_text().split()[0]) * resource.getpagesize())
-    return max(free, 0)
+    return max(int(free), 0)
+
+
+def room_of(group: Path) -> float:
+    """Bytes that a control group (v2) may still take: what it holds of files can be read again, and counts as free."""
+    try:
+        limit, held = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        lines = map(str.split, (group / "memory.stat").read_text().splitlines())
+        files = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
+        return int(limit) - int(held) + files
+    except (OSError, ValueError):  # the root has no limit, nor has "max"
+        return math.inf
 
 
 def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
@@ -421,23 +451,21 @@ def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
     )
 
 
-def token_ids_of(value: object) -> tuple[int, ...]:
-    """The ids of a config's eos_token_id or bos_token_id: a number, a list of them, or nothing."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0)
-
-
-def describe(checkpoint: Checkpoint, model: Model, dtype: str = "auto") -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
     """What `pronghorn info` shows: the configuration, what becomes of the weights, and the memory of each context."""
     from pronghorn.weights import quantize
 
     check_options(dtype)
-    parameters, tensors, config = model.parameters(), model.resolve(checkpoint.tensors), model.config
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    for name, form in quantize.describe(parameters, tensors, dtype).items():
-        groups.setdefault(form, []).append(tensors[name].data.nbytes)
+    model, tensors = model_of(checkpoint)
+    parameters, config = model.parameters(), model.config
+    groups: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
+    for name, (*form, size) in quantize.describe(parameters, tensors, dtype).items():
+        own, target, how = form
+        groups.setdefault((own, target, how), []).append((tensors[name].data.nbytes, size))
+    weight_bytes = sum(size for sizes in groups.values() for _, size in sizes)
     token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim
     lengths = [n for n in (2**i for i in range(7, 30)) if n < config.context] + [config.context]
+    kv_bytes = {dtype: {str(n): n * token_bytes * size for n in lengths} for dtype, size in KV_SIZES.items()}
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -446,8 +474,19 @@ def describe(checkpoint: Checkpoint, model: Model, dtype: str = "auto") -> dict[
         "parameters": sum(math.prod(parameter.shape) for parameter in parameters.values()),
         "bytes": sum(tensor.data.nbytes for tensor in tensors.values()),
         "weights": [
-            {"dtype": own, "becomes": target, "how": how, "tensors": len(sizes), "bytes": sum(sizes)}
+            {
+                "dtype": own,
+                "becomes": target,
+                "how": how,
+                "tensors": len(sizes),
+                "bytes": sum(before for before, _ in sizes),
+                "becomes_bytes": sum(after for _, after in sizes),
+            }
             for (own, target, how), sizes in groups.items()
         ],
-        "kv_bytes": {dtype: {str(n): n * token_bytes * size for n in lengths} for dtype, size in KV_SIZES.items()},
+        "weight_bytes": weight_bytes,
+        "kv_bytes": kv_bytes,
+        "total_bytes": {
+            dtype: {length: weight_bytes + size for length, size in row.items()} for dtype, row in kv_bytes.items()
+        },
     }

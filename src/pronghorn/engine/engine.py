@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from pronghorn import _native
 from pronghorn.engine.pages import PagePool
@@ -17,9 +17,9 @@ class Engine:
     """Runs requests on a runner with `n_pages` pages of KV cache.
 
     `context`: tokens that a sequence may have, prompt and output; fewer pages make it shorter. `vocabulary`: logits
-    in a row. `eos_ids`: the tokens that end a sequence. `max_tokens`: tokens that a step may compute, as the
-    runner was built for. `prefix_cache=False` never reads a page that another request has computed;
-    `use_cache=False` computes every sequence from its beginning for each of its tokens. Neither changes a token.
+    in a row. `max_tokens`: tokens that a step may compute, as the runner was built for. `prefix_cache=False` never
+    reads a page that another request has computed; `use_cache=False` computes every sequence from its beginning for
+    each of its tokens. Neither changes a token.
     """
 
     def __init__(
@@ -29,7 +29,6 @@ class Engine:
         n_pages: int,
         context: int,
         vocabulary: int,
-        eos_ids: Sequence[int] = (),
         max_tokens: int = 512,
         max_sequences: int = 64,
         prefix_cache: bool = True,
@@ -37,8 +36,9 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.context = min(context, n_pages * PAGE)
+        shorter = f" (kv_memory; the model's is {context})" if self.context < context else ""
+        self.holds = f"the context holds {self.context}{shorter}"  # for messages
         self.vocabulary = vocabulary
-        self.eos_ids = frozenset(eos_ids)
         self.use_cache = use_cache
         self.pool = PagePool(n_pages, prefix_cache=prefix_cache and use_cache)
         self.scheduler = Scheduler(self.pool, max_tokens=max_tokens, max_sequences=max_sequences)
@@ -50,8 +50,7 @@ class Engine:
         self._check_ids(request.token_ids)
         if request.n_prompt >= self.context:
             raise PromptError(
-                f"the prompt has {request.n_prompt} tokens, but the context holds {self.context}, "
-                "with at least one to generate"
+                f"the prompt has {request.n_prompt} tokens, but {self.holds}, with at least one to generate"
             )
         for name in ("logit_bias", "stop_token_ids"):
             for token_id in getattr(request.params, name):
@@ -64,7 +63,6 @@ class Engine:
         """Queues a request, once checked; `step` brings it forward, until `request.finish_reason` says why it ended."""
         self.check(request)
         params = request.params
-        request.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
         request.sampler = sampler(params, request.seed, request.stop_ids)
         n_new = self.context if params.max_tokens is None else params.max_tokens
         request.limit = min(self.context, request.n_prompt + n_new)
@@ -92,15 +90,14 @@ class Engine:
             request.finish_reason = reason
             self.scheduler.remove(request)
 
-    def logits(self, token_ids: Sequence[int], *, n_rows: int = 64) -> Iterator[memoryview]:
+    def logits(self, ids: array[int], *, n_rows: int = 64) -> Iterator[memoryview]:
         """The logits after each of the tokens, in chunks: float32 [at most n_rows, vocabulary] each.
 
         A chunk is valid until the next one. Nothing is read from the prefix cache.
         """
-        ids = array("i", token_ids)
         self._check_ids(ids)
         if len(ids) > self.context:
-            raise PromptError(f"there are {len(ids)} tokens, but the context holds {self.context}")
+            raise PromptError(f"there are {len(ids)} tokens, but {self.holds}")
         pages = self.pool.take(-(-len(ids) // PAGE))
         if pages is None:
             raise PromptError(f"there are {len(ids)} tokens, but other requests hold the KV cache's pages")

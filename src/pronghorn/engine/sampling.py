@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from operator import index
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from pronghorn.errors import ParameterError
 
 if TYPE_CHECKING:
     from pronghorn import _native
 
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 
 
 class SamplingParams:
@@ -87,7 +89,8 @@ class SamplingParams:
         logprobs: int | None = None,
     ) -> None:
         put = object.__setattr__
-        put(self, "max_tokens", None if max_tokens is None else whole("max_tokens", max_tokens, 1))
+        max_tokens = None if max_tokens is None else whole("max_tokens", max_tokens, 1)
+        put(self, "max_tokens", max_tokens)
         temperature = number("temperature", temperature, 0, 100)
         if 0 < temperature < 1e-6:
             raise ParameterError(f"temperature is {temperature}: expected 0, or 0.000001 to 100")
@@ -98,7 +101,7 @@ class SamplingParams:
         put(self, "repetition_penalty", number("repetition_penalty", repetition_penalty, 0, 100, above=True))
         put(self, "presence_penalty", number("presence_penalty", presence_penalty, -2, 2))
         put(self, "frequency_penalty", number("frequency_penalty", frequency_penalty, -2, 2))
-        put(self, "logit_bias", biases(logit_bias or {}))
+        put(self, "logit_bias", biases({} if logit_bias is None else logit_bias))
         put(self, "seed", None if seed is None else whole("seed", seed, 0, 2**64 - 1))
         put(self, "stop", strings(stop))
         put(self, "stop_token_ids", ids("stop_token_ids", stop_token_ids))
@@ -118,7 +121,7 @@ class SamplingParams:
 
     def as_dict(self) -> dict[str, Any]:
         """The parameters that differ from their defaults, by name."""
-        values = {name: getattr(self, name) for name in NAMES}
+        values = {name: getattr(self, name) for name in NAMES} | {"logit_bias": dict(self.logit_bias)}
         return {name: value for name, value in values.items() if value != getattr(DEFAULTS, name)}
 
     def replace(self, **changes: Any) -> SamplingParams:
@@ -130,6 +133,9 @@ class SamplingParams:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SamplingParams) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash(tuple((name, value) for name, value in self.as_dict().items() if name != "logit_bias"))
 
     def __repr__(self) -> str:
         return f"SamplingParams({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items())})"
@@ -164,22 +170,35 @@ def fresh_seed() -> int:
     return int.from_bytes(os.urandom(6), "little")
 
 
+def real(value: Any) -> float:
+    """The value of what is one number, of whatever library; NaN for all else, such as texts, flags and arrays."""
+    if isinstance(value, bool) or hasattr(value, "__len__") or not hasattr(value, "__float__"):
+        return NAN
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return NAN
+
+
 def number(name: str, value: object, low: float, high: float, *, above: bool = False) -> float:
     """The value as a float; `above` leaves the lower bound itself out."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        pass
-    elif not (above and value == low):
-        return float(value)
+    found = real(value)
+    if low <= found <= high and not (above and found == low):
+        return found
     span = f"above {low}, at most {high}" if above else f"from {low} to {high}"
     raise ParameterError(f"{name} is {value!r}: expected a number {span}")
 
 
 def whole(name: str, value: object, low: int, high: int = 2**31 - 1) -> int:
     """The value as an int."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= int(value) <= high:
-        span = f"of at least {low}" if high == 2**31 - 1 else f"from {low} to {high}"
-        raise ParameterError(f"{name} is {value!r}: expected a whole number {span}")
-    return int(value)
+    try:
+        found = low - 1 if isinstance(value, bool) else index(cast("SupportsIndex", value))
+    except TypeError:
+        found = low - 1
+    if low <= found <= high:
+        return found
+    span = f"of at least {low}" if high == 2**31 - 1 else f"from {low} to {high}"
+    raise ParameterError(f"{name} is {value!r}: expected a whole number {span}")
 
 
 def ids(name: str, values: object) -> tuple[int, ...]:
@@ -198,16 +217,17 @@ def strings(values: object) -> tuple[str, ...]:
     return result
 
 
-def biases(values: object) -> dict[int, float]:
+def biases(values: object) -> Mapping[int, float]:
     """The values as biases by token id."""
     if not isinstance(values, Mapping):
         raise ParameterError(f"logit_bias is {values!r}: expected a mapping of token ids to numbers")
-    return {
+    found = {
         whole("logit_bias: token id", token_id, 0): -INF
-        if bias == -INF
+        if real(bias) == -INF
         else number(f"logit_bias[{token_id}]", bias, -100, 100)
         for token_id, bias in values.items()
     }
+    return MappingProxyType(found)
 
 
 NAMES = tuple(SamplingParams.__init__.__kwdefaults__ or ())

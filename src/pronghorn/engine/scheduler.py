@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pronghorn.engine.pages import ROOT, PagePool
@@ -24,9 +24,20 @@ class Logprob(NamedTuple):
     top: list[tuple[int, float]]
 
 
+def token_array(token_ids: Sequence[int]) -> array[int]:
+    """Token ids as 32-bit integers; PromptError for what is none. Whether a vocabulary has them is not looked at."""
+    try:
+        if isinstance(token_ids, (str, bytes, bytearray)):  # array() takes bytes for raw memory
+            raise TypeError(f"it is {type(token_ids).__name__}")
+        return array("i", token_ids)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PromptError(f"the prompt is no list of token ids: {error}") from None
+
+
 class Request:
     """A prompt and what has come of it so far: token ids in, token ids out.
 
+    `eos_ids` are the tokens that end a sequence, unless `params.ignore_eos`.
     `token_ids` begins with the prompt and grows; `finish_reason` is None while it runs, then "stop" (an
     end-of-sequence or stop token, or whoever reads the text found a stop string), "length" (max_tokens or the
     context), "cancelled", or "error" (`error` says what).
@@ -37,24 +48,21 @@ class Request:
         "pages", "params", "sampler", "seed", "stop_ids", "token_ids",
     )  # fmt: skip
 
-    def __init__(self, token_ids: Sequence[int], params: SamplingParams) -> None:
-        try:
-            self.token_ids = array("i", token_ids)  # prompt, then output
-        except (TypeError, OverflowError) as error:
-            raise PromptError(f"the prompt is no list of token ids: {error}") from None
+    def __init__(self, token_ids: Sequence[int], params: SamplingParams, eos_ids: Iterable[int] = ()) -> None:
+        self.token_ids = token_array(token_ids)  # prompt, then output
         self.n_prompt = len(self.token_ids)
         self.params = params
+        self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
         self.seed = fresh_seed() if params.seed is None else params.seed
         self.logprobs: list[Logprob] = []
         self.finish_reason: str | None = None
         self.error: PronghornError | None = None
         # The engine's own:
         self.sampler: _native.Sampler
-        self.stop_ids: frozenset[int] = frozenset()
         self.limit = 0  # tokens at which it ends
         self.pages: list[int] = []
         self.n_computed = 0  # tokens whose keys and values stand in the pages
-        self.n_cached = 0  # of which the prefix cache gave so many at the start
+        self.n_cached: int | None = None  # of which the prefix cache gave so many when it first was let in
         self.chain = ROOT  # of the first n_chained pages
         self.n_chained = 0
 
@@ -62,11 +70,6 @@ class Request:
     def n_left(self) -> int:
         """Tokens to compute before the next one can be chosen; 1 while decoding."""
         return len(self.token_ids) - self.n_computed
-
-    @property
-    def output(self) -> array[int]:
-        """The generated token ids."""
-        return self.token_ids[self.n_prompt :]
 
 
 class Scheduler:
@@ -127,8 +130,10 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         request.pages, request.chain = self.pool.match(request.token_ids)
         request.n_chained = len(request.pages)
-        request.n_computed = request.n_cached = request.n_chained * PAGE
+        request.n_computed = request.n_chained * PAGE
         if self._has_pages(request):
+            if request.n_cached is None:
+                request.n_cached = request.n_computed
             return True
         self._release(request)
         return False

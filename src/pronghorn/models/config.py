@@ -65,14 +65,11 @@ class Config:
     def __init__(self, *values: Any, **named: Any) -> None:
         names = [name for part in reversed(type(self).__mro__) for name in vars(part).get("__annotations__", ())]
         named |= dict(zip(names, values, strict=False))
-        if named.keys() != set(names):
-            raise TypeError(f"a {type(self).__name__} is made of {', '.join(names)}")
+        assert named.keys() == set(names), f"a {type(self).__name__} is made of {names}"
         self.__dict__.update(named)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 class Fields:

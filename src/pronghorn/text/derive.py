@@ -409,6 +409,11 @@ def gguf_kind(metadata: Mapping[str, Any]) -> str:
     return str(metadata.get("tokenizer.ggml.pre") or plain)
 
 
+def begins_with_bos(metadata: Mapping[str, Any]) -> bool:
+    """Whether BOS begins a text of this vocabulary where the file does not say."""
+    return gguf_kind(metadata) in FROM_TIKTOKEN
+
+
 def _list(metadata: Mapping[str, Any], name: str, kind: type, path: object, length: int | None = None) -> list[Any]:
     key = f"tokenizer.ggml.{name}"
     values = metadata.get(key)

@@ -204,15 +204,14 @@ def _folder_backend(
     prefix = _flag(folder, config, "add_prefix_space")
     if os.path.lexists(path := folder / "tokenizer.model"):
         options: list[Any] = [_flag(folder, config, "legacy") is True, prefix]
-        return *_derived([path], options, lambda derive: derive.from_sentencepiece(path, *options)), True, False
+        return *_derived([path], options, partial(_derive, "from_sentencepiece", path, *options)), True, False
     for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if os.path.lexists(path := folder / vocabulary):
             name = str(config.get("tokenizer_class") or "GPT2Tokenizer")
             if (kind := _BYTE_LEVEL_CLASSES.get(name.removesuffix("Fast"))) is None:
                 fail(folder, f"{vocabulary} and {merges} of a {shown(name)} are not supported without a tokenizer.json")
-            files = [path, folder / merges]
-            make = partial(_from_merges, files, kind, bool(prefix))
-            return *_derived(files, [kind, prefix], make), False, False
+            make = partial(_derive, "from_merges", path, folder / merges, kind, bool(prefix))
+            return *_derived([path, folder / merges], [kind, prefix], make), False, False
     missing = "holds no tokenizer: neither tokenizer.json, nor tokenizer.model, nor vocab.json and merges.txt"
     raise NoTokenizer(f"{shown(str(folder), 4096)}: {missing}")
 
@@ -223,9 +222,9 @@ def _open_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     what: object = "GGUF"
     if isinstance(metadata, Metadata):
         what = metadata.path
-        backend, _ = _derived([metadata.path], [], partial(from_gguf, metadata, what))
+        backend, _ = _derived([metadata.path], [], partial(_derive, "from_gguf", metadata, what))
     else:
-        backend = _load(from_gguf(metadata, what).json(what), what)
+        backend = _load(_derive("from_gguf", metadata, what).json(what), what)
 
     def ids(*keys: str) -> list[int]:
         found = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in keys)
@@ -247,12 +246,13 @@ def _open_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         for key in metadata
         if key.startswith("tokenizer.chat_template.")
     }
-    # llama.cpp's defaults again: BOS for SentencePiece, and for the vocabularies of Llama 3 and Mistral.
-    adds_bos = spm or gguf_kind(metadata) in FROM_TIKTOKEN
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    if adds_bos is None:  # llama.cpp's defaults again: BOS for SentencePiece, and for Llama 3's and Mistral's
+        adds_bos = spm or _derive("begins_with_bos", metadata)
     return _build(
         what,
         backend,
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)),
+        add_bos=bool(adds_bos),
         add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
         bos_id=bos[0] if bos else None,
         eos_ids=eos,
@@ -288,9 +288,16 @@ def _check_charsmaps(data: bytes, path: object) -> None:
 
     for match in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"', data):
         try:
-            check_charsmap(base64.b64decode(match[1].replace(b"\\/", b"/"), validate=True), path)
+            _derive("check_charsmap", base64.b64decode(match[1].replace(b"\\/", b"/"), validate=True), path)
         except ValueError:
             fail(path, "the normalization table (precompiled_charsmap) is not base64")
+
+
+def _derive(function: str, *arguments: Any) -> Any:
+    """What a function of derive.py gives; the module is imported only where something is to be derived."""
+    from pronghorn.text import derive
+
+    return getattr(derive, function)(*arguments)
 
 
 def _derived(
@@ -410,11 +417,11 @@ def _flag(folder: Path, config: dict[str, Any], name: str) -> bool | None:
     return value
 
 
-def _ids(folder: Path, config: dict[str, Any], name: str) -> list[int]:
-    """`bos_token_id` or `eos_token_id`: a number or a list of them."""
+def token_ids(where: object, config: dict[str, Any], name: str) -> list[int]:
+    """A configuration's `bos_token_id` or `eos_token_id` (`name`: "bos" or "eos"): a number, a list, or nothing."""
     value = config.get(f"{name}_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
     for index in values:
         if type(index) is not int or not 0 <= index < 2**31:
-            fail(folder, f"{name}_token_id is {shown(str(value))}, not the id of a token")
+            fail(where, f"{name}_token_id is {shown(str(value))}, not the id of a token")
     return values
