@@ -153,3 +153,29 @@ def log_probabilities(
 ) -> list[tuple[int, float]]: ...
 def philox(c0: int, c1: int, c2: int, c3: int, key: int, /) -> tuple[int, int, int, int]:
     """Four words of the counter-based generator."""
+
+def build_tokenizer(
+    tokens: list[str | None],
+    in_model: Buffer,
+    merges: Buffer,
+    bytes: Buffer,
+    added: Buffer,
+    classes: Buffer,
+    rules: list[int],
+    about: bytes,
+) -> bytes:
+    """The file of a MappedTokenizer; native/tokenizer.h says what its parts are. ValueError if they do not fit."""
+
+def tokenizer_checksum(data: Buffer) -> int:
+    """What a file's header should say; for tests, which forge files."""
+
+class MappedTokenizer:
+    """A tokenizer in a file's bytes, which are read in place. ValueError for what is not such a file, whole."""
+
+    def __init__(self, data: Buffer) -> None: ...
+    @property
+    def about(self) -> bytes: ...
+    def encode(self, text: str) -> list[int] | None:
+        """Token ids; None where only the library knows them. TypeError for a lone surrogate. Lets go of the lock."""
+    def token(self, token_id: int) -> str | None: ...
+    def find(self, text: str) -> int | None: ...
