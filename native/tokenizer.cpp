@@ -5,6 +5,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "ahead.h"
+
 namespace pronghorn {
 namespace {
 
@@ -24,22 +26,6 @@ u64 mixed(u64 x) {
   x ^= x >> 32;
   x *= 0x9E3779B97F4A7C15;
   return x ^ x >> 29;
-}
-
-// Four lanes, so that it runs at the memory's speed and not at the multiplier's latency.
-u64 checksum(const unsigned char* data, std::size_t size) {
-  u64 lanes[4] = {1, 2, 3, 4};
-  std::size_t at = 0;
-  for (; at + 32 <= size; at += 32)
-    for (int lane = 0; lane < 4; lane++) {
-      u64 word;
-      std::memcpy(&word, data + at + 8 * lane, 8);
-      lanes[lane] = std::rotl((lanes[lane] ^ word) * 0x9E3779B97F4A7C15, 29);
-    }
-  u64 sum = size;
-  for (; at < size; at++) sum = mixed(sum + data[at] + 1);
-  for (const u64 lane : lanes) sum = mixed(sum ^ lane) + lane;
-  return sum;
 }
 
 u64 hash_text(std::string_view text) {
@@ -80,8 +66,7 @@ void append_utf8(std::string& text, u32 point) {  // of GPT-2's alphabet, which 
 
 u64 tokenizer_checksum(const unsigned char* data, std::size_t size) {
   if (size < sizeof(Header)) refuse("shorter than its header");
-  return checksum(data, offsetof(Header, checksum)) ^
-         checksum(data + offsetof(Header, n_merges), size - offsetof(Header, n_merges));
+  return checksum(data + offsetof(Header, n_merges), static_cast<i64>(size - offsetof(Header, n_merges)));
 }
 
 std::string build_tokenizer(const TokenizerParts& parts) {

@@ -7,8 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 llama3, qwen2, smollm = whole.llama3, whole.qwen2, whole.smollm
 KEY = json.dumps([0, "test"])
-N_FUZZ = max(300, int(os.environ.get("PRONGHORN_FUZZ") or 0) // 5)
+FUZZ = int(os.environ.get("PRONGHORN_FUZZ") or 0)
 
 
 def _data(tokenizer: Tokenizer) -> bytes:
@@ -132,9 +130,12 @@ def test_the_default_model(default_model: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["llama3", "qwen2", "smollm", "gpt2"], indirect=True)
 def test_every_character_in_every_place(tokenizer: Tokenizer) -> None:
-    """All that the classes know, after and before every class, and after an apostrophe."""
-    points = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 997)]
+    """What the classes know, after and before every class, and after an apostrophe; PRONGHORN_FUZZ takes them all."""
+    step = 1 if FUZZ else 13
+    points = [*range(0x3100), *range(0x3100, 0xD800, step), *range(0xE000, 0x20000, step)]
+    points += range(0x20000, 0x110000, 997 * step)
     texts = [f"a{c}b 1{c}2 '{c} {c}x  {c}\n{c}.{c}x'{c}e'r{c}'L{c}" for c in map(chr, points)]
     for first in range(0, len(texts), 4_000):
         _compare(tokenizer, texts[first : first + 4_000], 0.0)
@@ -147,7 +148,7 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=N_FUZZ, deadline=None)
+@settings(max_examples=max(15, FUZZ // 5), deadline=None)
 @given(texts=st.lists(TEXTS, max_size=20))
 def test_fuzzed_texts(tokenizer: Tokenizer, texts: list[str]) -> None:
     mapped, library = _PAIRS.setdefault(id(tokenizer), (*_pair(tokenizer), tokenizer))[:2]
@@ -178,14 +179,7 @@ def test_long_words_take_linear_time(tokenizer: Tokenizer) -> None:
     for text in ("a" * 20_000, " " * 20_000, "\n " * 10_000, "".join(rng.choice("abcdefgh") for _ in range(20_000)),
                  "<" * 20_000, "1" * 20_000, "'" * 20_000):  # fmt: skip
         assert mapped.encode(text) == library.encode(text, add_special_tokens=False).ids
-        once, fifty = (_seconds(lambda t=text * n: mapped.encode(t)) for n in (1, 50))  # type: ignore[misc]
-        assert fifty < 50 * 8 * once + 0.1
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+        assert mapped.encode(text * 50)  # which would take minutes if it went by the square
 
 
 def test_the_rest_is_the_same(tokenizer: Tokenizer) -> None:
@@ -223,6 +217,7 @@ def test_what_the_core_cannot_do_is_the_librarys(llama3: Any, qwen2: Any) -> Non
         {"added_tokens": [{**spec["added_tokens"][0], "lstrip": True}]},
         {"added_tokens": [{**spec["added_tokens"][0], "single_word": True}]},
         {"normalizer": {"type": "NFKC"}},
+        {"normalizer": {"type": "NFC"}, "added_tokens": [{**spec["added_tokens"][0], "normalized": True}]},
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{**split[0], "invert": True}, split[1]]}},
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split[0], {**split[1], "add_prefix_space": True}]}},
         {"pre_tokenizer": split[0]},
@@ -309,7 +304,7 @@ def test_damaged_cache_files_are_made_anew(folder: Path) -> None:
     (file,) = _cached()
     data = file.read_bytes()
     rng = random.Random(8)
-    for _ in range(30):
+    for _ in range(8):
         file.write_bytes(whole._mutated(data, rng))
         assert whole._open(folder).encode("Once upon a time") == expected
         assert file.read_bytes() == data

@@ -121,7 +121,16 @@ def pack(
     ValueError where sizes do not fit, or for values that cannot be quantized.
     """
 
-def checksum(data: Buffer, pool: Pool) -> int: ...
+def checksum(data: Buffer) -> int:
+    """64 bits; by this thread alone, unlike ReadAhead's."""
+
+class ReadAhead:
+    """Threads of its own read the bytes at once: their pages are mapped, and, where asked for, summed up."""
+
+    def __init__(self, data: Buffer, sums: bool, threads: int) -> None: ...
+    def finish(self) -> int:
+        """The checksum, where sums were asked for; this thread takes its part of what is left. Lets go of the lock."""
+
 def gguf_skip_strings(buffer: Buffer, offset: int, count: int) -> int:
     """The position after `count` GGUF strings, or -1 if they go past the end."""
 

@@ -11,17 +11,16 @@ from __future__ import annotations
 import json
 import os
 import time
-import zlib
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pronghorn import _native
+from pronghorn import __version__, _native
 from pronghorn.errors import CheckpointError
 from pronghorn.text.stream import _BYTE_OF, StreamDecoder, plan
-from pronghorn.weights.files import map_file, shown
+from pronghorn.weights.files import map_file, put_file, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -100,9 +99,10 @@ def opened(source: TokenizerSource, load: Callable[[], Tokenizer]) -> Tokenizer:
     key = _key(source)
     if key is None:
         return load()
+    from pronghorn.weights.ahead import place_of
     from pronghorn.weights.hub import cache_folder
 
-    path = cache_folder() / "tokenizers" / f"{zlib.crc32(os.fsencode(key)):08x}.fast"
+    path = cache_folder() / "tokenizers" / f"{place_of(_place(source))}.fast"
 
     def unchanged() -> Tokenizer:
         if _key(source) != key:
@@ -112,8 +112,8 @@ def opened(source: TokenizerSource, load: Callable[[], Tokenizer]) -> Tokenizer:
     with suppress(OSError, ValueError, KeyError, TypeError, CheckpointError):
         return restored(map_file(path), key, unchanged)
     tokenizer = load()
-    if key == _key(source) and _settled(key):
-        _write(path, compiled(tokenizer, key, source.folder) or b"")
+    if key == _key(source) and _settled(key) and (data := compiled(tokenizer, key, source.folder)):
+        put_file(path, data)
     return tokenizer
 
 
@@ -136,53 +136,34 @@ def restored(data: bytes | memoryview, key: str, load: Callable[[], Tokenizer]) 
 
 def _key(source: TokenizerSource) -> str | None:
     """All files that say anything about a tokenizer, with their sizes and times; None where there are none."""
-    from pronghorn.weights.gguf import Metadata
-
-    if source.gguf is not None and "tokenizer.ggml.model" in source.gguf:
-        if not isinstance(source.gguf, Metadata):
-            return None
-        files = [source.gguf.path]
-    elif source.folder is not None:
-        files = [source.folder / name for name in _FILES]
-        files += sorted(source.folder.glob("additional_chat_templates/*.jinja"))
+    if (path := getattr(source.gguf, "path", None)) and "tokenizer.ggml.model" in (source.gguf or ()):
+        files = [str(path)]
+    elif source.folder is not None and source.gguf is None:
+        files = [os.path.join(source.folder, name) for name in _FILES]  # noqa: PTH118 (a start's every millisecond)
+        more = source.folder / "additional_chat_templates"
+        files += sorted(map(str, more.glob("*.jinja"))) if more.is_dir() else []
     else:
         return None
-    states: list[Any] = [_FORMAT, os.path.realpath(files[0])]
+    states: list[Any] = [__version__, _FORMAT, os.path.realpath(_place(source))]
     for file in files:
         try:
-            status = file.stat()
+            status = os.stat(file)  # noqa: PTH116
         except OSError:
             if os.path.lexists(file):  # a broken link: an error, which the readers word
                 return None
             continue
-        states.append([file.name, status.st_size, status.st_mtime_ns, status.st_ino])
+        states.append([os.path.basename(file), status.st_size, status.st_mtime_ns, status.st_ino])  # noqa: PTH119
     return json.dumps(states)
 
 
-def _place(source: TokenizerSource) -> object:
-    return getattr(source.gguf, "path", source.folder)
+def _place(source: TokenizerSource) -> Path:
+    path: Path = getattr(source.gguf, "path", source.folder)
+    return path
 
 
 def _settled(key: str) -> bool:
-    latest = max((state[2] for state in json.loads(key)[2:]), default=0)
+    latest = max((state[2] for state in json.loads(key)[3:]), default=0)
     return bool(latest + _SETTLED < time.time_ns())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Puts a whole file in its place, or none: a full or read-only disk only means that the next start does it again."""
-    if not data:
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 # --- from the library's tokenizer to the file ---
@@ -233,6 +214,7 @@ def _compiled(tokenizer: Tokenizer, key: str, folder: Path | None) -> bytes:
     for left, right in model["merges"]:
         merges.extend((vocab[left], vocab[right], vocab[left + right]))
     rules, alphabet = _rules(spec, any(token["normalized"] for token in listed))
+    _need(not (rules[3] and any(token["normalized"] for token in listed)))  # the library looks for their NFC
     # Without a token for unknown ones, the library leaves out a byte that no token stands for.
     _need(all(token in vocab for token in alphabet) or (rules[0] != 0 and not model["unk_token"]))
     _need(rules[0] == 0 or not model["byte_fallback"])
