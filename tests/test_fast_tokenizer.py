@@ -19,7 +19,7 @@ from pronghorn import _native
 from pronghorn.errors import CheckpointError, PromptError
 from pronghorn.text import fast, open_tokenizer
 from pronghorn.text.tokenizer import Tokenizer
-from pronghorn.weights import TokenizerSource, open_checkpoint
+from pronghorn.weights import open_checkpoint
 
 pytest.importorskip("sentencepiece")
 tokenizers = pytest.importorskip("tokenizers")

@@ -157,8 +157,7 @@ def _key(source: TokenizerSource) -> str | None:
 
 
 def _place(source: TokenizerSource) -> Path:
-    path: Path = getattr(source.gguf, "path", source.folder)
-    return path
+    return Path(getattr(source.gguf, "path", None) or source.folder or "")
 
 
 def _settled(key: str) -> bool:
@@ -170,7 +169,7 @@ def _settled(key: str) -> bool:
 
 
 class _Not(Exception):
-    """This tokenizer is not one that the core's encoder can do."""
+    """Raised for a tokenizer that is not one that the core's encoder can do."""
 
 
 def compiled(tokenizer: Tokenizer, key: str, folder: Path | None) -> bytes | None:
@@ -214,7 +213,7 @@ def _compiled(tokenizer: Tokenizer, key: str, folder: Path | None) -> bytes:
     for left, right in model["merges"]:
         merges.extend((vocab[left], vocab[right], vocab[left + right]))
     rules, alphabet = _rules(spec, any(token["normalized"] for token in listed))
-    _need(not (rules[3] and any(token["normalized"] for token in listed)))  # the library looks for their NFC
+    _need(not (rules[3] == 1 and any(token["normalized"] for token in listed)))  # the library looks for their NFC
     # Without a token for unknown ones, the library leaves out a byte that no token stands for.
     _need(all(token in vocab for token in alphabet) or (rules[0] != 0 and not model["unk_token"]))
     _need(rules[0] == 0 or not model["byte_fallback"])
@@ -240,8 +239,9 @@ def _need(condition: bool) -> None:
 
 
 _SPLITS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    % digits: most
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    + digits
+    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": most
     for digits, most in ((r"\p{N}", 1), (r"\p{N}{1,3}", 3))
 }
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -303,7 +303,7 @@ def _classes(composed: bool) -> bytes:
                 classes[first + start] |= 8
     for bits in classes:
         _need(bits & 7 in (0, 1, 2, 4))
-    _need(classes[10] & 4 and classes[13] & 4 and classes[32] & 4)
+    _need(all(classes[point] & 4 for point in (10, 13, 32)))
     if composed:
         _mark_composed(classes)
     return bytes(classes)
@@ -336,7 +336,8 @@ def _mark_composed(classes: bytearray) -> None:
 _TEXTS = (
     "", "Hello, world! It's 2024; they'LL pay $1,234.50 \u2014 don't.\n\n\tIndented  code = f(x)\r\n  ",
     "na\u00efve caf\u00e9 \u4e16\u754c \u3053\u3093\u306b\u3061\u306f \u0927\u093f \u0663\u0664 \u2167\u00b2 \U0001f600"
-    "\U0001f468\u200d\U0001f469 e\u0301 \u1112\u1161\u11ab \u00a0\u2028 '\u017f \u2581\u2581x<0x0A>\x00\x7f", " " * 40, "ab" * 300,
+    "\U0001f468\u200d\U0001f469 e\u0301 \u1112\u1161\u11ab \u00a0\u2028 '\u017f \u2581\u2581x<0x0A>\x00\x7f",
+    " " * 40, "ab" * 300,
 )  # fmt: skip
 
 

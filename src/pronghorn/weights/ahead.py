@@ -38,8 +38,8 @@ def begin(model: str | None, dtype: str) -> None:
             return
         beginning = f"{place_of(path)}-{dtype}-"
         folder = cache_folder() / "packed"
-        packed = [name for name in os.listdir(folder) if name.startswith(beginning)] if folder.is_dir() else []
-        path = folder / packed[0] if packed else path
+        packed = [file for file in folder.iterdir() if file.name.startswith(beginning)] if folder.is_dir() else []
+        path = packed[0] if packed else path
         _begun[str(path)] = Reading(path, max(1, usable_processors() - 1), sums=bool(packed))
     except (PronghornError, OSError, ValueError):
         pass
