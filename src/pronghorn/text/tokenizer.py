@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -308,6 +307,8 @@ def _derived(
     A cache file is one line of JSON (what it was made from, and its checksum), then the tokenizer.json. One that is
     damaged, stale or another's is made anew.
     """
+    import zlib
+
     from pronghorn.weights.hub import cache_folder
 
     source: list[Any] = [_CACHE_FORMAT, options]

@@ -12,18 +12,24 @@ from pathlib import Path
 
 from pronghorn._native import ReadAhead, checksum, usable_processors
 from pronghorn.errors import PronghornError
-from pronghorn.weights.files import map_file
+from pronghorn.weights.files import fail, map_file
+
+MOST_THREADS = 8
 
 _begun: dict[str, Reading] = {}
 
 
 class Reading:
-    """A mapped file that `threads` of its own go through. `sums`: of a safetensors file's data, the checksum."""
+    """A mapped file that threads go through. `sums`: of a safetensors file's data, for the checksum.
+
+    `reader.finish()` waits for them, helps, and gives the checksum.
+    """
 
     def __init__(self, path: Path, threads: int, *, sums: bool) -> None:
+        self.state = state_of(path)
         self.view = map_file(path)
         start = min(8 + int.from_bytes(self.view[:8], "little"), len(self.view)) if sums else 0
-        self.reader = ReadAhead(self.view[start:], sums, threads)
+        self.reader = ReadAhead(self.view[start:], sums, min(threads, MOST_THREADS))
 
 
 def begin(model: str | None, dtype: str) -> None:
@@ -48,18 +54,28 @@ def begin(model: str | None, dtype: str) -> None:
 def mapped(path: Path) -> memoryview:
     """The bytes of a file: the mapping that is being read, or else a new one."""
     begun = _begun.get(str(path))
-    return begun.view if begun else map_file(path)
+    return begun.view if begun and begun.state == state_of(path) else map_file(path)
 
 
 def reading(path: Path, threads: int) -> Reading:
     """A packed file on its way: begun before, or now."""
-    return _begun.pop(str(path), None) or Reading(path, threads, sums=True)
+    begun = _begun.pop(str(path), None)
+    return begun if begun and begun.state == state_of(path) else Reading(path, threads, sums=True)
 
 
 def end() -> None:
     """Waits for what was begun, and helps it."""
     while _begun:
         _begun.popitem()[1].reader.finish()
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """What tells that a file is another one by now; CheckpointError where it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        fail(path, error.strerror or str(error))
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def place_of(path: Path) -> str:
