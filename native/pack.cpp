@@ -212,36 +212,4 @@ void pack(const Source& s, const Matrix& m, std::uint8_t* data, Pool& pool) {
         "holds values that are not finite, or too large for f16 scales: it cannot be quantized");
 }
 
-std::uint64_t checksum(const std::uint8_t* data, i64 size, Pool& pool) {
-  constexpr std::uint64_t kPrime = 0x9e3779b97f4a7c15;
-  constexpr i64 kChunk = 1 << 20;
-  const auto mix = [](std::uint64_t h, std::uint64_t v) {
-    h = (h ^ v) * kPrime;
-    return h ^ h >> 29;
-  };
-  const auto of_chunk = [&](i64 begin, i64 end) {
-    std::uint64_t lanes[8] = {1, 2, 3, 4, 5, 6, 7, 8};
-    i64 i = begin;
-    for (; i + 64 <= end; i += 64)
-      for (int k = 0; k < 8; k++) {
-        std::uint64_t v;
-        std::memcpy(&v, data + i + 8 * k, 8);
-        lanes[k] = mix(lanes[k], v);
-      }
-    std::uint64_t h = static_cast<std::uint64_t>(end - begin);
-    for (const std::uint64_t lane : lanes) h = mix(h, lane);
-    for (; i < end; i++) h = mix(h, data[i]);
-    return h;
-  };
-  std::vector<std::uint64_t> chunks(static_cast<size_t>(div_up(size, kChunk)));
-  pool.run([&](int thread) {
-    const Share share(size, kChunk, thread, pool.size());
-    for (i64 at = share.begin; at < share.end; at += kChunk)
-      chunks[static_cast<size_t>(at / kChunk)] = of_chunk(at, std::min(at + kChunk, share.end));
-  });
-  std::uint64_t h = static_cast<std::uint64_t>(size);
-  for (const std::uint64_t c : chunks) h = mix(h, c);
-  return h;
-}
-
 }  // namespace pronghorn

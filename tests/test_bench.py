@@ -186,10 +186,12 @@ def test_peers(model: Path) -> None:
 
 def test_startup(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
-    found = script("startup.py", "-m", str(folder), "--dtype", "f32", "--rounds", "1", "--prompt", "hello")
+    found = script("startup.py", "-m", str(folder), "--dtype", "f32", "--rounds", "1", "--prompt", "hello",
+                   "--beside", "echo {prompt} {n}")  # fmt: skip
     (result,) = found["results"].values()
-    assert result["missing"] == []
-    assert set(result["whole"]) == {"1", "20"}
+    assert set(result["whole"]) == set(result["beside"]) == {"1", "20"}
+    assert result["memory_bytes"]["weights"] > 0
     parts = {name: value["median"] for name, value in result["parts_of_20_tokens"].items()}
-    for name in ("interpreter", "imports", "open_and_map", "pack_check", "tokenizer", "prompt", "tokens", "exit"):
+    for name in ("interpreter", "imports_of_cli", "imports_of_rest", "reading_begins", "reading_wait", "files",
+                 "weights", "tokenizer", "program", "prompt", "tokens", "close", "exit"):  # fmt: skip
         assert parts[name] > 0

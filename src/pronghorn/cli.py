@@ -309,6 +309,10 @@ def size(text: str) -> int:
 
 def load(args: argparse.Namespace) -> LLM:
     """The model that was asked for."""
+    if args.device == "cpu":
+        from pronghorn.weights import ahead
+
+        ahead.begin(args.model, args.dtype)
     from pronghorn.llm import LLM
 
     return LLM(

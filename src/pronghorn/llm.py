@@ -20,7 +20,7 @@ from pronghorn.errors import NoTokenizer, ParameterError, PromptError, Pronghorn
 from pronghorn.generation import Chunk, Cost, Generation, Output, Stream
 from pronghorn.models import Config, Model, model_of
 from pronghorn.ops import KV_DTYPES, PAGE, Runner
-from pronghorn.weights import Checkpoint, open_checkpoint
+from pronghorn.weights import Checkpoint, ahead, open_checkpoint
 from pronghorn.weights.types import Dense, Matrix, Module
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class LLM:
         self._checkpoint = open_model(model)
         self.path = self._checkpoint.path
         source = self._checkpoint.tokenizer
-        self._tokenizer = Later(lambda: load_tokenizer(source))
+        self._tokenizer = Tried(lambda: load_tokenizer(source))
         self.model, tensors = model_of(self._checkpoint)
 
         from pronghorn.weights.quantize import prepare
@@ -118,6 +118,7 @@ class LLM:
         self._lock = threading.Lock()
         self._ended: list[Request] = []  # that are no longer wanted, and may hold pages yet
         self._pid = os.getpid()
+        ahead.end()
         self._cost = Cost(time.perf_counter() - started, bytes_read(self.model, weights), token_bytes)
 
     @property
@@ -289,29 +290,19 @@ class LLM:
 T = TypeVar("T")
 
 
-class Later(Generic[T]):
-    """A value that a thread of its own makes; whoever needs it first waits for it, or gets its error."""
+class Tried(Generic[T]):
+    """What a function gave, or its error for whoever asks: without a tokenizer, ids in, ids out goes on."""
 
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
+    def __init__(self, function: Callable[[], T]) -> None:
         self._value: T
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
+        self._error: PronghornError | None = None
         try:
-            self._thread.start()
-        except RuntimeError:  # the system gives no more threads: then it is made at once
-            self._run()
-
-    def _run(self) -> None:
-        try:
-            self._value = self._make()
-        except BaseException as error:
+            self._value = function()
+        except PronghornError as error:
             self._error = error
 
     def get(self) -> T:
         """The value."""
-        if self._thread.ident:
-            self._thread.join()
         if self._error:
             raise self._error
         return self._value

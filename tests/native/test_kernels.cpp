@@ -26,6 +26,7 @@
 #include <string>
 #include <thread>
 
+#include "ahead.h"
 #include "gguf.h"
 #include "pack.h"
 #include "program.h"
@@ -1530,6 +1531,45 @@ void test_fork(Report& report) {
 #endif
 }
 
+// Files read ahead: the checksum of one thread, however many read, and whether or not anyone waits for them.
+void test_ahead(Report& report) {
+  constexpr i64 kMegabyte = 1 << 20;
+  std::vector<std::uint8_t> data(static_cast<std::size_t>(5 * kMegabyte + 77));
+  std::uint32_t state = 1;
+  for (std::uint8_t& byte : data) byte = static_cast<std::uint8_t>((state = state * 1664525 + 1013904223) >> 24);
+  for (i64 size : {i64{0}, i64{1}, i64{63}, i64{64}, kMegabyte - 1, kMegabyte, kMegabyte + 1, 5 * kMegabyte + 76}) {
+    const std::uint8_t* at = data.data() + 1;
+    const std::uint64_t sum = checksum(at, size);
+    for (int threads : {0, 1, 3, 9}) {
+      report.expect(ReadAhead(at, size, true, threads).finish() == sum, [&] {
+        return say("%d threads sum up %ld bytes to another checksum", threads, static_cast<long>(size));
+      });
+      ReadAhead(at, size, true, threads);  // not waited for
+      ReadAhead(at, size, false, threads).finish();
+    }
+    if (size == 0) continue;
+    for (const i64 wrong : {i64{0}, size / 2, size - 1}) {
+      data[static_cast<std::size_t>(1 + wrong)] ^= 0x40;
+      report.expect(checksum(at, size) != sum, "a bit more or less gives the same checksum");
+      data[static_cast<std::size_t>(1 + wrong)] ^= 0x40;
+    }
+    report.expect(checksum(at, size - 1) != sum, "a byte less gives the same checksum");
+  }
+#ifndef __SANITIZE_THREAD__
+  auto ahead = std::make_unique<ReadAhead>(data.data(), 5 * kMegabyte, true, 2);
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    const bool same = ahead->finish() == checksum(data.data(), 5 * kMegabyte);
+    ahead.reset();
+    _exit(same ? 7 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  report.expect(WIFEXITED(status) && WEXITSTATUS(status) == 7, "a forked child waits for threads that it has not");
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------- environment
 
 void test_environment(const Kernels& kernels, Report& report) {
@@ -1582,11 +1622,8 @@ struct PlainTest {
   void (*run)(Report&);
 };
 
-const PlainTest kPlainTests[] = {{"pack", test_pack},
-                                 {"pool", test_pool},
-                                 {"attend_plan", test_attend_plan},
-                                 {"program", test_program},
-                                 {"fork", test_fork}};
+const PlainTest kPlainTests[] = {{"pack", test_pack},       {"pool", test_pool}, {"attend_plan", test_attend_plan},
+                                 {"program", test_program}, {"fork", test_fork}, {"ahead", test_ahead}};
 
 }  // namespace
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pronghorn.weights.files import fail, map_file, nature, read_json, shown
+from pronghorn.weights.ahead import mapped
+from pronghorn.weights.files import fail, nature, read_json, shown
 from pronghorn.weights.types import Tensor
 
 __all__ = ["Checkpoint", "TokenizerSource", "open_checkpoint"]
@@ -89,7 +90,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _open_file(path: Path, file: Path) -> Checkpoint:
-    view = map_file(file)
+    view = mapped(file)
     head = bytes(view[:32])
     if head.startswith(b"GGUF"):
         from pronghorn.weights.gguf import read_gguf

@@ -61,13 +61,18 @@ def resolve(name: str) -> Path:
     fail(name, f"no such file or folder, and no model of that name in {shown(str(folder), 4096)}; there are: {names}")
 
 
+def default_place() -> Path:
+    """Where the default model's file is, or will be."""
+    return cache_folder() / "models" / MEMBER.rpartition("/")[2]
+
+
 def default_model(progress: bool = True) -> Path:
     """The default model's GGUF file, in the cache; fetched the first time, which one line on stderr tells.
 
     When the file is there its size is checked and nothing else happens: to hash it would take longer than all
     the rest of a start. CheckpointError, saying how to place the file by hand, if it cannot be fetched.
     """
-    path = cache_folder() / "models" / MEMBER.rpartition("/")[2]
+    path = default_place()
     try:
         if path.stat().st_size == MODEL_SIZE:
             return path
