@@ -53,6 +53,14 @@ void bind_pack(nb::module_& m) {
         return checksum(bytes.data<const std::uint8_t>(), bytes.size(), pool);
       },
       nb::arg("data"), nb::arg("pool"));
+  m.def(
+      "crc32c",
+      [](nb::handle data) {
+        const Bytes bytes(data);
+        const nb::gil_scoped_release release;
+        return crc32c(bytes.data<const std::uint8_t>(), bytes.size());
+      },
+      nb::arg("data"));
 }
 
 }  // namespace pronghorn

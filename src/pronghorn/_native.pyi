@@ -122,6 +122,9 @@ def pack(
     """
 
 def checksum(data: Buffer, pool: Pool) -> int: ...
+def crc32c(data: Buffer) -> int:
+    """CRC-32C, as TensorFlow's checkpoints have it (before its mask)."""
+
 def gguf_skip_strings(buffer: Buffer, offset: int, count: int) -> int:
     """The position after `count` GGUF strings, or -1 if they go past the end."""
 

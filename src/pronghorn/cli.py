@@ -214,6 +214,13 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--limit", type=int, metavar="N", help="windows, from the beginning (default: the whole text)")
     add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
 
+    add = command("convert", convert, "A model from any source as a folder with safetensors, or as a GGUF file.")
+    add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}, or an older format's (see README)")
+    add.add_argument("destination", metavar="DST", help="a GGUF file if it ends in .gguf, else a folder")
+    text = "auto, f32, f16 or bf16; in GGUF also q8_0, q4_0 or q4_1 (default: auto, each weight's own)"
+    add.add_argument("--type", default="auto", help=text)
+    add.add_argument("--force", action="store_true", help="replace what is there")
+
     add = command("pull", pull, "Fetch the default model, SmolLM2-135M-Instruct, and print where it is.")
     return top
 
@@ -515,6 +522,15 @@ def pull(args: argparse.Namespace) -> None:
     from pronghorn.weights.hub import default_model
 
     write(f"{default_model()}\n")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """`pronghorn convert`."""
+    from pronghorn.convert import convert
+
+    for line in convert(args.source, args.destination, args.type, force=args.force):
+        say(line)
+    write(f"{args.destination}\n")
 
 
 def bench(args: argparse.Namespace) -> None:
