@@ -322,7 +322,7 @@ def _to_gguf(checkpoint: Checkpoint, model: Model, tensors: dict[str, Tensor], p
     if any(part.dtype in gguf.BLOCKS for part in parts):
         keys["general.quantization_version"] = 2
     _check(checkpoint, model, path, keys, parts)
-    keys |= export.gguf_keys(checkpoint.tokenizer, config.vocab_size)
+    keys |= export.gguf_keys(checkpoint.tokenizer, config.vocab_size, remarks)
     if keys["tokenizer.ggml.model"] == "no_vocab":
         remarks.append("the model comes without a tokenizer: it will take token ids only")
     write_gguf(path, keys, parts, progress)

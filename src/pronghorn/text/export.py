@@ -27,6 +27,7 @@ SAMPLES = (
     "",
     " ",
 )
+SPACES = "a text that begins with a space is cut as by SentencePiece: tokenizer.json put no space of its own before it"
 SAVED = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "generation_config.json", "chat_template.jinja",
@@ -34,8 +35,10 @@ SAVED = (
 """The files of a folder that tell how its model's text is cut, and where it ends."""
 
 
-def gguf_keys(source: TokenizerSource, vocab_size: int) -> dict[str, Any]:
+def gguf_keys(source: TokenizerSource, vocab_size: int, remarks: list[str]) -> dict[str, Any]:
     """`tokenizer.*` for a GGUF file; a vocabulary of `vocab_size` rows, the last of them perhaps unused.
+
+    What a user should know is added to `remarks`.
 
     CheckpointError for a tokenizer that GGUF has no words for. Without a tokenizer, the keys say so.
     """
@@ -62,7 +65,7 @@ def gguf_keys(source: TokenizerSource, vocab_size: int) -> dict[str, Any]:
     others = [name for name in tokenizer.chat_templates if name != "default"]
     if others:
         keys["tokenizer.chat_templates"] = others
-    _same(where, tokenizer, open_tokenizer(TokenizerSource(gguf=keys)))
+    _same(where, tokenizer, open_tokenizer(TokenizerSource(gguf=keys)), remarks)
     return keys
 
 
@@ -141,10 +144,16 @@ def _adds(where: Path, tokenizer: Tokenizer) -> tuple[bool, bool]:
     fail(where, "its tokenizer puts other tokens than BOS and EOS around a text")
 
 
-def _same(where: Path, old: Tokenizer, new: Tokenizer) -> None:
+def _same(where: Path, old: Tokenizer, new: Tokenizer, remarks: list[str] | None = None) -> None:
+    """Raises CheckpointError if the two cut a sample differently; leading spaces only become one of the remarks."""
     for text in SAMPLES:
-        if old.encode(text) != new.encode(text):
+        if old.encode(text) == new.encode(text):
+            continue
+        bare = text.lstrip(" ")
+        if remarks is None or bare == text or (bare and old.encode(bare) != new.encode(bare)):
             fail(where, f"its tokenizer cannot be said in the other format: {shown(text)} would be cut in another way")
+        if SPACES not in remarks:
+            remarks.append(SPACES)
 
 
 # The vocabulary, in GGUF's words ------------------------------------------------------------------------------
