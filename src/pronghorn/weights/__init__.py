@@ -107,9 +107,9 @@ def _open_other(folder: Path, names: list[str]) -> Checkpoint | None:
         files, tensors = torch.read_index(folder / f"{_TORCH}.index.json")
         return Checkpoint(folder, files, "torch", config, tensors, source)
     if shards := [folder / name for name in names if name.startswith("consolidated.") and name.endswith(".pth")]:
-        from pronghorn.weights import torch
+        from pronghorn.weights.meta import read_meta
 
-        config, tensors = torch.read_meta(folder, shards)
+        config, tensors = read_meta(folder, shards)
         above = "tokenizer.model" not in names and (folder.parent / "tokenizer.model").is_file()  # as Llama 1 came
         source = TokenizerSource(folder=folder.parent) if above else source
         return Checkpoint(folder, tuple(shards), "meta", config, tensors, source)
@@ -133,12 +133,11 @@ def _open_file(path: Path, file: Path) -> Checkpoint:
         fail(file, f"is not a GGUF file{' but ' + known if (known := nature(head)) else ''}")
     folder = file.parent
     if head.startswith((b"PK\3\4", b"\x80\2")) and file.suffix != ".safetensors":
-        from pronghorn.weights.torch import read_meta, read_torch
+        from pronghorn.weights.torch import read_torch
 
         source = TokenizerSource(folder=folder)
         if file.name.startswith("consolidated.") and (folder / "params.json").is_file():
-            config, tensors = read_meta(folder, [file])
-            return Checkpoint(path, (file,), "meta", config, tensors, source)
+            return _open_folder(folder)
         tensors = read_torch(file, view)
         return Checkpoint(path, (file,), "torch", _config(folder), tensors, source)
     if file.suffix == ".bin":
