@@ -331,7 +331,8 @@ def _to_gguf(checkpoint: Checkpoint, model: Model, tensors: dict[str, Tensor], p
 
 def _keys(checkpoint: Checkpoint, config: Config, arch: str) -> dict[str, Any]:
     """The configuration in GGUF's words (github.com/ggml-org/ggml, docs/gguf.md)."""
-    name = checkpoint.path.resolve().stem if checkpoint.path.suffix == ".gguf" else checkpoint.path.resolve().name
+    place = checkpoint.path.resolve()
+    name = (checkpoint.tokenizer.gguf or {}).get("general.name") or (place.stem if place.is_file() else place.name)
     keys: dict[str, Any] = {"general.architecture": arch, "general.type": "model", "general.name": name}
     own: dict[str, Any] = {
         "vocab_size": config.vocab_size,

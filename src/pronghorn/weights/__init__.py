@@ -106,19 +106,24 @@ def _open_other(folder: Path, names: list[str]) -> Checkpoint | None:
         config = _config(folder)
         files, tensors = torch.read_index(folder / f"{_TORCH}.index.json")
         return Checkpoint(folder, files, "torch", config, tensors, source)
-    if shards := [folder / name for name in names if name.startswith("consolidated.") and name.endswith(".pth")]:
-        from pronghorn.weights.meta import read_meta
-
-        config, tensors = read_meta(folder, shards)
-        above = "tokenizer.model" not in names and (folder.parent / "tokenizer.model").is_file()  # as Llama 1 came
-        source = TokenizerSource(folder=folder.parent) if above else source
-        return Checkpoint(folder, tuple(shards), "meta", config, tensors, source)
+    if "params.json" in names and any(name.startswith("consolidated.") for name in names):
+        return _open_meta(folder)
     if "hparams.json" in names:
         from pronghorn.weights import tensorflow
 
         files, config, tensors = tensorflow.read_gpt2(folder)
         return Checkpoint(folder, files, "tensorflow", config, tensors, source)
     return None
+
+
+def _open_meta(folder: Path) -> Checkpoint:
+    from pronghorn.weights.meta import read_meta
+
+    shards = sorted(folder.glob("consolidated.*.pth"))
+    config, tensors = read_meta(folder, shards)
+    above = not (folder / "tokenizer.model").exists() and (folder.parent / "tokenizer.model").is_file()  # Llama 1's
+    source = TokenizerSource(folder=folder.parent if above else folder)
+    return Checkpoint(folder, tuple(shards), "meta", config, tensors, source)
 
 
 def _open_file(path: Path, file: Path) -> Checkpoint:
@@ -132,20 +137,20 @@ def _open_file(path: Path, file: Path) -> Checkpoint:
     if file.suffix == ".gguf":
         fail(file, f"is not a GGUF file{' but ' + known if (known := nature(head)) else ''}")
     folder = file.parent
-    if head.startswith((b"PK\3\4", b"\x80\2")) and file.suffix != ".safetensors":
+    pickled = head.startswith((b"PK\3\4", *(bytes([0x80, protocol]) for protocol in range(2, 6))))
+    if pickled and file.suffix != ".safetensors" and head[8:9] != b"{":
         from pronghorn.weights.torch import read_torch
 
         source = TokenizerSource(folder=folder)
         if file.name.startswith("consolidated.") and (folder / "params.json").is_file():
-            return _open_folder(folder)
+            return _open_meta(folder)
         tensors = read_torch(file, view)
         return Checkpoint(path, (file,), "torch", _config(folder), tensors, source)
-    if file.suffix == ".bin":
-        from pronghorn.weights.llama2c import looks_like, read_llama2c
+    if file.suffix == ".bin" and head[8:9] != b"{" and not nature(head):
+        from pronghorn.weights.llama2c import read_llama2c
 
-        if looks_like(view):
-            config, tensors = read_llama2c(file, view)
-            return Checkpoint(path, (file,), "llama2.c", config, tensors, TokenizerSource(folder=folder))
+        config, tensors = read_llama2c(file, view)
+        return Checkpoint(path, (file,), "llama2.c", config, tensors, TokenizerSource(folder=folder))
     from pronghorn.weights.safetensors import read_safetensors
 
     tensors = read_safetensors(file, view)

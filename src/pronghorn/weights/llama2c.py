@@ -26,16 +26,6 @@ _ORDER_0 = ("model.embed_tokens", _NORM_1, *_ATTENTION.values(), _NORM_2, *_MLP.
 _ORDER_1 = (_NORM_1, _NORM_2, "model.norm", "model.embed_tokens", *_ATTENTION.values(), *_MLP.values())
 
 
-def looks_like(view: memoryview) -> bool:
-    """Whether a file has the magic number, or the length that its first seven numbers ask of a version 0 file."""
-    if bytes(view[:4]) == MAGIC:
-        return True
-    if len(view) < 28:
-        return False
-    sizes, shared = _sizes(view, 0)
-    return min(sizes.values()) > 0 and len(view) == 28 + 4 * sum(n for *_, n in _places(sizes, _ORDER_0, shared))
-
-
 def read_llama2c(path: Path, view: memoryview) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A mapped file -> (config, tensors by transformers' names). CheckpointError for what is wrong."""
     begin, order, version = 28, _ORDER_0, 0
@@ -48,11 +38,14 @@ def read_llama2c(path: Path, view: memoryview) -> tuple[dict[str, Any], dict[str
         if version != 1:
             fail(path, f"is a llama2.c file of version {version}; 0 and 1 are supported")
         begin, order = _HEADER_1, _ORDER_1
+    if len(view) < 36:
+        fail(path, "is neither PyTorch's nor llama2.c's: it is shorter than a header")
     sizes, shared = _sizes(view, 8 if version else 0)
     if version:
         shared = view[36] == 1
     if min(sizes.values()) <= 0 or sizes["dim"] % sizes["n_heads"] or sizes["n_heads"] % sizes["n_kv_heads"]:
-        fail(path, f"its header makes no sense: {', '.join(f'{key} {n}' for key, n in sizes.items())}")
+        what = ", ".join(f"{key} {n}" for key, n in sizes.items())
+        fail(path, f"is not PyTorch's, and makes no sense as llama2.c's: {what}")
     places = _places(sizes, order, shared)
     if (expected := begin + 4 * sum(count for *_, count in places)) != len(view):
         fail(path, f"is {len(view)} bytes long; its header asks for {expected}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pronghorn.weights.files import fail, map_file, read_json, shown
@@ -38,8 +39,11 @@ def read_meta(folder: Path, files: list[Path]) -> tuple[dict[str, Any], dict[str
     params = read_json(folder / "params.json", 1_000_000)
     for key in sorted(params.keys() - _KEYS):
         fail(folder / "params.json", f"{shown(key)} is {shown(str(params[key]))}, which is not implemented")
-    if [file.name for file in files] != [f"consolidated.{i:02}.pth" for i in range(len(files))]:
-        fail(folder, f"of the files consolidated.00.pth to consolidated.{len(files) - 1:02}.pth, one is missing")
+    for key, value in params.items():
+        if not isinstance(value, (int, float, NoneType)):
+            fail(folder / "params.json", f"{key} is {shown(str(value))}, which is no number")
+    if not files or [file.name for file in files] != [f"consolidated.{i:02}.pth" for i in range(len(files))]:
+        fail(folder, "the files consolidated.00.pth, consolidated.01.pth, ... are not all there")
     shards = [read_torch(file, map_file(file)) for file in files]
     tensors: dict[str, Tensor] = {}
     for name in shards[0]:
@@ -95,12 +99,12 @@ def _joined(path: Path, name: str, parts: list[Tensor], params: dict[str, Any]) 
     first = parts[0]
     if any((part.dtype, part.shape) != (first.dtype, first.shape) for part in parts):
         fail(path, f"tensor {shown(name)}: has another shape or type in another file")
-    if len(parts) == 1 or len(first.shape) != 2:
-        return (
-            Tensor(name, first.dtype, first.shape, first.data)
-            if not isinstance(first, Made)
-            else Made.of(name, first.dtype, first.shape, first.make)
-        )
+    if len(parts) == 1:
+        return first
+    if len(first.shape) != 2:
+        if any(part.data != first.data for part in parts):
+            fail(path, f"tensor {shown(name)}: differs from the same in another file")
+        return first
     rows, columns = first.shape
     by_columns = name.endswith(("o_proj.weight", "down_proj.weight"))
     if "embed_tokens" in name:  # Llama 1 and 2 cut its columns, Llama 3 its rows

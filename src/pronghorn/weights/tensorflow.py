@@ -101,22 +101,21 @@ def _table(view: memoryview) -> Iterator[tuple[bytes, bytes]]:
     if len(view) < FOOTER or struct.unpack_from("<Q", view, len(view) - 8)[0] != MAGIC:
         raise _Damaged("its last eight bytes are not a table's")
     footer = view[len(view) - FOOTER :]
-    at = 0
-    for _ in range(2):  # of the metaindex, which holds nothing
-        _, at = _varint(footer, at)
-    seen = 0
-    for _, handle in _block(view, *_handle(footer[at:])):
-        block = _handle(memoryview(handle))
+    *metaindex, at = _handle(footer, 0)
+    *index, _ = _handle(footer, at)
+    seen = len(list(_block(view, *metaindex)))  # it holds nothing
+    for _, handle in _block(view, *index):
+        *block, _ = _handle(memoryview(handle), 0)
         seen += block[1]
         if seen > len(view):  # no block twice
             raise _Damaged("its blocks overlap")
         yield from _block(view, *block)
 
 
-def _handle(data: memoryview) -> tuple[int, int]:
-    """A BlockHandle: offset and size."""
-    offset, at = _varint(data, 0)
-    return offset, _varint(data, at)[0]
+def _handle(data: memoryview, at: int) -> tuple[int, int, int]:
+    """A BlockHandle (offset and size), and the position after it."""
+    offset, at = _varint(data, at)
+    return offset, *_varint(data, at)
 
 
 def _block(view: memoryview, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
