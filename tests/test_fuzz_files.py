@@ -285,7 +285,8 @@ def mutated_gguf(rng: random.Random, folder: Path) -> Path:
     return folder / "model.gguf"
 
 
-# Older formats: each is written right once, beside the folder of mutations, and one of its files is mutated.
+# Older formats: each is written right once, in a folder beside that of the mutations (named FOLDER-KIND), by the test
+# itself, since PyTorch does not fit into a child's memory. One of its files is mutated.
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 5, "n_positions": 8, "n_embd": 4, "n_head": 2, "n_layer": 1}
 EIGHT = CONFIG | {"num_key_value_heads": 2}
@@ -311,7 +312,7 @@ def write_right(kind: str, folder: Path) -> None:
         state["model.layers.0.self_attn.q_proj.weight"] = torch.ones(8, 8).t()
         torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
     elif kind == "meta":
-        sources.save_meta(folder, arrays_of(EIGHT) | {"lm_head.weight": arrays_of(EIGHT)["model.norm.weight"]}, EIGHT)
+        sources.save_meta(folder, arrays_of(EIGHT), EIGHT)
     elif kind == "bundle":
         sources.save_openai(folder, arrays_of(GPT2), GPT2, compress=True)
     elif kind == "llama2c":
@@ -353,8 +354,6 @@ def sealed(rng: random.Random) -> bytes:
 def mutated_other(kind: str) -> Callable[[random.Random, Path], Path]:
     def make(rng: random.Random, folder: Path) -> Path:
         right = folder.with_name(f"{folder.name}-{kind}")
-        if not right.exists():
-            write_right(kind, right)
         files = sorted(path for path in right.iterdir() if path.stat().st_size)
         chosen = rng.choice([path for path in files if path.name != "config.json"])
         for path in files:
@@ -367,7 +366,7 @@ def mutated_other(kind: str) -> Callable[[random.Random, Path], Path]:
                 else:
                     data = mutate_bytes(rng, data, min(len(data), 1000 if kind != "zip" else 4000))
             (folder / path.name).write_bytes(data)
-        return chosen if kind in ("llama2c", "fastgpt") else folder
+        return folder / chosen.name if kind in ("llama2c", "fastgpt") else folder
 
     return make
 
@@ -457,6 +456,8 @@ def child(kind: str, folder: Path, first: int, count: int) -> None:
 @pytest.mark.parametrize("kind", MAKERS)
 def test_mutated_files_load_right_or_are_refused(kind: str, tmp_path: Path) -> None:
     count = max(10, int(N_MUTATIONS * SHARES[kind]))
+    if kind not in ("safetensors", "folder", "gguf"):
+        write_right(kind, tmp_path.with_name(f"{tmp_path.name}-{kind}"))
     total = {"loaded": 0, "refused": 0}
     for first in range(0, count, BATCH):
         size = min(BATCH, count - first)
