@@ -215,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
 
     add = command("convert", convert, "A model from any source as a folder with safetensors, or as a GGUF file.")
-    add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}, or an older format's (see README)")
+    add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
     add.add_argument("destination", metavar="DST", help="a GGUF file if it ends in .gguf, else a folder")
     text = "auto, f32, f16 or bf16; in GGUF also q8_0, q4_0 or q4_1 (default: auto, each weight's own)"
     add.add_argument("--type", default="auto", help=text)
