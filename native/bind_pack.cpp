@@ -69,6 +69,14 @@ void bind_pack(nb::module_& m) {
         return checksum(bytes.data<const std::uint8_t>(), bytes.size());
       },
       nb::arg("data"));
+  m.def(
+      "crc32c",
+      [](nb::handle data) {
+        const Bytes bytes(data);
+        const nb::gil_scoped_release release;
+        return crc32c(bytes.data<const std::uint8_t>(), bytes.size());
+      },
+      nb::arg("data"));
   nb::class_<HeldAhead>(m, "ReadAhead")
       .def(nb::init<nb::handle, bool, int>(), nb::arg("data"), nb::arg("sums"), nb::arg("threads"))
       .def("finish", &HeldAhead::finish);

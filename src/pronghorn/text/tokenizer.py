@@ -160,7 +160,7 @@ def _guard(what: object) -> Iterator[None]:
 
 def open_tokenizer(source: TokenizerSource) -> Tokenizer:
     """See `pronghorn.text.open_tokenizer`."""
-    if source.gguf is not None and "tokenizer.ggml.model" in source.gguf:
+    if source.gguf is not None and source.gguf.get("tokenizer.ggml.model", "no_vocab") not in ("no_vocab", "none"):
         return _open_gguf(source.gguf)
     if source.folder is not None:
         return _open_folder(source.folder)
