@@ -89,12 +89,17 @@ def gguf(folder: Path, dtype: str, path: Path) -> None:
 
 def vocabulary(folder: Path, size: int) -> tuple[list[str], list[str]]:
     """Tokens and merges of the folder's tokenizer; without one, tokens that only count."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return [f"<{i}>" for i in range(size)], ["a b"]
-    model = json.loads(path.read_text(encoding="utf-8"))["model"]
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    if (folder / "vocab.json").exists():
+        ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [line for line in merges if line and not line.startswith("#version")]
+    elif (folder / "tokenizer.json").exists():
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        ids = model["vocab"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    else:
+        ids, merges = {}, ["a b"]
+    tokens = sorted(ids, key=ids.__getitem__)
     return tokens + [f"<{i}>" for i in range(len(tokens), size)], merges
 
 
