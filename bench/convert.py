@@ -122,7 +122,8 @@ def ctranslate2(folder: Path, dtype: str, path: Path) -> None:
 
 def openvino(folder: Path, dtype: str, path: Path) -> None:
     """OpenVINO's folder: the graph that its exporter makes (a state for keys and values, one attention operation), and
-    nncf's 8-bit weights (asymmetric, one scale an output) or 4-bit weights (asymmetric, in groups of 32)."""
+    nncf's 8-bit weights (asymmetric, one scale an output) or 4-bit weights (asymmetric, in groups of 32).
+    """
     import openvino as ov
     import openvino.opset15 as op
     from openvino.op.util import Variable, VariableInfo

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ class Ours:
 
 
 def ours(source: str, dtype: str, threads: int) -> Run:
-    """pronghorn."""
+    """This engine."""
     return traced(Ours(source, dtype, threads).steps)
 
 
@@ -308,17 +308,13 @@ CONVERTED = {
 
 
 class Contender(NamedTuple):
-    """Who runs what: `source` is a path, or for llama-bench "FOLDER with FILE"; `kind` the engine's name for the dtype."""
+    """Who runs what: `source` is a path, or for llama-bench "FOLDER with FILE"; `kind` is GGUF's name of the dtype."""
 
     engine: str
     dtype: str
     kind: str
     source: str
     missing: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.engine if self.kind == self.dtype else f"{self.engine} {self.kind}"
 
 
 def need(module: str) -> Any:
@@ -494,7 +490,7 @@ def summary(
     """What was measured; `pronghorn_is` so many times as fast, in the same dtype."""
     import importlib.metadata
 
-    own = {c.dtype: r.found for c, r in zip(contenders, runs, strict=True) if c.engine == "pronghorn" and r.found}
+    all_own = {c.dtype: r.found for c, r in zip(contenders, runs, strict=True) if c.engine == "pronghorn" and r.found}
     for who, run in zip(contenders, runs, strict=True):
         row: dict[str, Any] = {"engine": who.engine, "dtype": who.dtype, "kind": who.kind, "version": None}
         if package := PEERS[who.engine].package:
@@ -506,15 +502,15 @@ def summary(
         tokens = run.found[0].get("tokens")
         if tokens and reference:
             same = [a == b for a, b in zip(tokens, reference, strict=True)]
-            row["tokens_agree"] = (same + [False]).index(False)
+            row["tokens_agree"] = [*same, False].index(False)
         names = [name for name in run.found[0] if name != "tokens"]
         row |= {name: spread([found[name] for found in run.found]) for name in names}
-        us = own.get(who.dtype)
+        us = all_own.get(who.dtype)
         if us and us is not run.found:
             row["pronghorn_is"] = {}
             for name in names:
-                ours, theirs = (statistics.median(found[name] for found in each) for each in (us, run.found))
-                row["pronghorn_is"][name] = float(f"{theirs / ours if name.endswith('_s') and 'tok' not in name else ours / theirs:.4g}")
+                own_one, one = (statistics.median(found[name] for found in each) for each in (us, run.found))
+                row["pronghorn_is"][name] = float(f"{own_one / one if 'tok_s' in name else one / own_one:.4g}")
         yield row
 
 
@@ -547,9 +543,13 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             middle, low, high = (f"{row[column][part] * factor:.{digits}f}" for part in ("median", "min", "max"))
             ratio = row.get("pronghorn_is", {}).get(column)
             cells.append(f"{middle} ({low}-{high})" + (f" ×{ratio:.2f}" if ratio else ""))
-        share = f" share {row['share']['median']:.2f} of {row['ceiling_gb_s']['median']:.1f} GB/s" if "share" in row else ""
         agree = f"{row['tokens_agree']}" if "tokens_agree" in row else ""
-        yield f"| {row['dtype']} | {name} | " + " | ".join(cells) + f" | {agree}{share} |"
+        yield f"| {row['dtype']} | {name} | " + " | ".join([*cells, agree]) + " |"
+    for row in rows:
+        if "share" in row:
+            share, ceiling = row["share"], row["ceiling_gb_s"]["median"]
+            span = "{median:.2f} ({min:.2f}-{max:.2f})".format(**share)
+            yield f"pronghorn {row['dtype']}: one stream reads its weights at {span} of the {ceiling:.1f} GB/s"
 
 
 def wanted(args: argparse.Namespace) -> Iterator[Contender]:
@@ -577,7 +577,7 @@ def wanted(args: argparse.Namespace) -> Iterator[Contender]:
                     if not missing and not source.exists():
                         missing = convert(args.model, form, kind, source)
                     where = f"{args.llama_bin} with {source}" if engine == "llama-bench" else str(source)
-                    yield Contender(engine, dtype, kind, where, missing)
+                    yield Contender(engine, dtype, kind if form == "gguf" else dtype, where, missing)
 
 
 def convert(model: str, form: str, kind: str, path: Path) -> str | None:
@@ -597,7 +597,9 @@ def convert(model: str, form: str, kind: str, path: Path) -> str | None:
 def main() -> None:
     """Runs what the options ask for."""
     parser = argparse.ArgumentParser(description="pronghorn beside other engines, in turns.")
-    parser.add_argument("-m", "--model", required=True, help="a folder in Hugging Face's layout (see shapes.py), or GGUF")
+    parser.add_argument(
+        "-m", "--model", required=True, help="a folder in Hugging Face's layout (see shapes.py), or GGUF"
+    )
     parser.add_argument("--dtype", default=",".join(DTYPES), help="(default: f32,bf16,int8,int4)")
     parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--work", metavar="FOLDER", help="where converted models are kept (default: nowhere)")
@@ -609,8 +611,9 @@ def main() -> None:
     args = parser.parse_args()
     from pronghorn.bench import machine
     from pronghorn.llm import open_model
+    from pronghorn.models import model_for
 
-    vocabulary = int(model_for_vocabulary(open_model(args.model)))
+    vocabulary = model_for(open_model(args.model).config).config.vocab_size
     place = machine(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         args.work = args.work or folder
@@ -634,13 +637,6 @@ def main() -> None:
     for line in table(rows):
         print(line, file=sys.stderr)
     print(json.dumps({"model": args.model, "machine": place, "rounds": args.rounds, "results": rows}))
-
-
-def model_for_vocabulary(checkpoint: Any) -> int:
-    """Tokens of the vocabulary."""
-    from pronghorn.models import model_for
-
-    return model_for(checkpoint.config).config.vocab_size
 
 
 def greedy(source: str, vocabulary: int, threads: int) -> list[int]:
