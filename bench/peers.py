@@ -109,7 +109,7 @@ class Ours:
 
 
 def ours(source: str, dtype: str, threads: int) -> Run:
-    """This engine."""
+    """The engine of this repository."""
     return traced(Ours(source, dtype, threads).steps)
 
 
@@ -151,11 +151,14 @@ def llama_cpp(source: str, dtype: str, threads: int) -> Run:
         options.n_threads = options.n_threads_batch = threads
         return low.llama_init_from_model(model, options)
 
-    contexts = {1: context(1, CONTEXT), N_STREAMS: context(N_STREAMS, N_STREAMS * 256)}
+    contexts: dict[int, Any] = {}  # by streams: a process that starts for one needs no other
     batch = low.llama_batch_init(max(N_LONG, N_STREAMS * N_PROMPT), 0, 1)
 
     def steps(prompts: Prompts, n_new: int) -> Iterator[list[tuple[int, int]]]:
-        chosen = contexts[len(prompts)]
+        n = len(prompts)
+        if n not in contexts:
+            contexts[n] = context(n, CONTEXT if n == 1 else n * 256)
+        chosen = contexts[n]
         low.llama_memory_clear(low.llama_get_memory(chosen), False)
         new: list[tuple[int, int, int, bool]] = [
             (stream, at, token, at + 1 == len(prompt))
@@ -265,15 +268,14 @@ def llama_bench(source: str, dtype: str, threads: int) -> Run:
 def fastgpt(source: str, dtype: str, threads: int) -> Run:
     """The program of fastGPT, run where its model and `input` lie: it says how long all of its tokens took."""
     program = need_program(Path(source))
-    folder = Path(program).parent
 
     def run(prompts: Prompts, n_new: int) -> Trace:
         environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-        text = output([program], cwd=folder, env={**os.environ, **environment})
-        took = re.search(r"Running model.*?Time: *([\d.]+) *s", text, re.DOTALL)
-        count = re.search(r"n_tokens_to_generate *= *(\d+)", (folder / "input").read_text(encoding="utf-8"))
+        text = output([program], cwd=Path(program).parent, env={**os.environ, **environment})
+        took = re.search(r"Running model.*?done\. Time: *([\d.]+) *s", text, re.DOTALL)
+        count = re.search(r"n_tokens_to_generate *= *(\d+)", text)
         if not took or not count:
-            raise Missing("its output names no time, or its input no number of tokens, that is known here")
+            raise Missing("its output names no time, or no number of tokens, that is known here")
         each = float(took[1]) / int(count[1])
         return Trace([each, each * n_new], [1, n_new], [])
 
@@ -492,7 +494,8 @@ def summary(
 
     all_own = {c.dtype: r.found for c, r in zip(contenders, runs, strict=True) if c.engine == "pronghorn" and r.found}
     for who, run in zip(contenders, runs, strict=True):
-        row: dict[str, Any] = {"engine": who.engine, "dtype": who.dtype, "kind": who.kind, "version": None}
+        engine = "llama-completion" if who.engine == "llama-bench" and isinstance(run, Starts) else who.engine
+        row: dict[str, Any] = {"engine": engine, "dtype": who.dtype, "kind": who.kind, "version": None}
         if package := PEERS[who.engine].package:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 row["version"] = importlib.metadata.version(package)
@@ -527,12 +530,14 @@ COLUMNS = {  # heading, factor, digits
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The lines of the table, in Markdown: medians (smallest-largest) and how many times as fast pronghorn is."""
     names = [name for name in COLUMNS if any(name in row for row in rows)]
-    yield "| dtype | engine | " + " | ".join(COLUMNS[name][0] for name in names) + " | agree |"
-    yield "|---" * (len(names) + 3) + "|"
+    told = any("tokens_agree" in row for row in rows)
+    headings = ["dtype", "engine", *(COLUMNS[name][0] for name in names), *["agree"] * told]
+    yield f"| {' | '.join(headings)} |"
+    yield "|---" * len(headings) + "|"
     for row in rows:
         name = row["engine"] + ("" if row["kind"] == row["dtype"] else f" {row['kind']}")
         if "missing" in row:
-            yield f"| {row['dtype']} | {name} | not there: {row['missing']}" + " |" * (len(names) + 1)
+            yield f"| {row['dtype']} | {name} | not there: {row['missing']}" + " |" * (len(headings) - 2)
             continue
         cells = []
         for column in names:
@@ -543,8 +548,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             middle, low, high = (f"{row[column][part] * factor:.{digits}f}" for part in ("median", "min", "max"))
             ratio = row.get("pronghorn_is", {}).get(column)
             cells.append(f"{middle} ({low}-{high})" + (f" ×{ratio:.2f}" if ratio else ""))
-        agree = f"{row['tokens_agree']}" if "tokens_agree" in row else ""
-        yield f"| {row['dtype']} | {name} | " + " | ".join([*cells, agree]) + " |"
+        cells += [f"{row.get('tokens_agree', '')}"] * told
+        yield f"| {row['dtype']} | {name} | {' | '.join(cells)} |"
     for row in rows:
         if "share" in row:
             share, ceiling = row["share"], row["ceiling_gb_s"]["median"]

@@ -219,6 +219,24 @@ def test_converted_models_are_the_same(tmp_path: Path) -> None:
             assert np.abs(llm.logits(ids) - expected).max() < tolerance * np.abs(expected).max(), dtype
 
 
+FASTGPT = """#!/bin/sh
+echo "Loading the model...
+    done. Time:   0.121s, Model file version: 1
+n_tokens_to_generate =  20
+Running model...
+    done. Time:   0.500s (1.23x)"
+"""
+
+
+def test_fastgpt_is_understood(model: Path, tmp_path: Path) -> None:
+    program = tmp_path / "gpt2"
+    program.write_text(FASTGPT)
+    program.chmod(0o755)
+    options = ["--dtype", "f32", "--only", "fastgpt", "--fastgpt", str(program), "--rounds", "1"]
+    (row,) = script("peers.py", "-m", str(model), *options)["results"]
+    assert row["decode_tok_s"]["median"] == 40
+
+
 LOOPS = """
    0: xor    %eax,%eax
    4: vmovups (%rdi),%zmm0
