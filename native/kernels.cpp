@@ -103,6 +103,8 @@ struct F32 {
   static V w_first(const Element* p, i64 n) { return load_first(p, n); }
   static F multiply_add(V x, V w, F sum) { return fma(x, w, sum); }
   static V broadcast(const X* p) { return set(*p); }
+  static V stored(const u8* p) { return load(reinterpret_cast<const float*>(p)); }
+  static void keep(u8* p, V v) { store(reinterpret_cast<float*>(p), v); }
   template <int P>
   static void unit(const Element* p, i64 n_out, V out[P]) {
     for (int v = 0; v < P; v++) out[v] = load(p + v * kLanes), prefetch(p + v * kLanes + 16 * n_out);
@@ -143,6 +145,8 @@ struct Bf16 {
   static V w(const Element* p) { return load_halves(p, 32); }
   static V w_first(const Element* p, i64 n) { return load_halves(p, n); }
   static F multiply_add(V x, V w, F sum) { return dot_pairs(x, w, sum); }
+  static V stored(const u8* p) { return load_quads(p); }
+  static void keep(u8* p, V v) { store_quads(p, v); }
   static V broadcast(const X* p) {
     i32 pair;
     std::memcpy(&pair, p, sizeof pair);
@@ -322,14 +326,16 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
             T::template unit<P>(weights + i * n_out + o, n_out, out);
           else
             T::template unit_first<P>(weights + i * n_out + o, n_out, l.w->n_in - i, n, out);
-          std::memcpy(strip + u * sizeof out, out, sizeof out);
+          for (int v = 0; v < P; v++) T::keep(strip + (u * P + v) * kPanel * 4, out[v]);
         }
         for (i64 row = 0; row < n_rows; row += kRows) {
           const auto* x = T::input(l) + (first_row + row) * x_stride + first * T::kUnit;
           with_count<kRows>(smaller(kRows, n_rows - row), [&](auto count) {
-            add_units<T, decltype(count)::value, P>(
-                x, x_stride, units, sums + row * kWidth, kWidth, first == 0,
-                [&](i64 u, V out[P]) { std::memcpy(out, strip + u * P * sizeof(V), P * sizeof(V)); });
+            add_units<T, decltype(count)::value, P>(x, x_stride, units, sums + row * kWidth, kWidth, first == 0,
+                                                    [&](i64 u, V out[P]) {
+                                                      for (int v = 0; v < P; v++)
+                                                        out[v] = T::stored(strip + (u * P + v) * kPanel * 4);
+                                                    });
           });
         }
       }
