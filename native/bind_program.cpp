@@ -98,6 +98,7 @@ void bind_program(nb::module_& m) {
              new (self)
                  KvCache(n_layers, n_pages, n_kv_heads, head_dim, format == "f32" ? KvFormat::f32 : KvFormat::bf16);
            })
+      .def("copy_page", &KvCache::copy_page, nb::arg("source"), nb::arg("target"))
       .def_prop_ro("nbytes", &KvCache::bytes);
 
   nb::class_<View>(m, "View")

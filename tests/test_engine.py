@@ -49,6 +49,10 @@ class FakeRunner:
             rows.append(fake_logits(seen))
         return memoryview(np.array(rows, np.float32).reshape(len(rows), VOCABULARY))
 
+    def copy_page(self, source: int, target: int) -> None:
+        """See ops.Runner."""
+        self.pages[target] = list(self.pages[source])
+
 
 def fake_logits(token_ids: list[int]) -> np.ndarray:
     assert min(token_ids) >= 0, "a slot is read that was never written"
@@ -57,7 +61,8 @@ def fake_logits(token_ids: list[int]) -> np.ndarray:
 
 def engine_of(n_pages: int = 64, context: int = 1000, max_tokens: int = 512, **options: Any) -> Engine:
     runner = FakeRunner(n_pages, max_tokens)
-    return Engine(runner, n_pages=n_pages, context=context, vocabulary=VOCABULARY, max_tokens=max_tokens, **options)
+    options = {"context": context, "vocabulary": VOCABULARY, "max_tokens": max_tokens, "clock": lambda: 0.0, **options}
+    return Engine(runner, n_pages=n_pages, **options)
 
 
 def run(engine: Engine, requests: list[Request], arrivals: list[int] | None = None) -> None:

@@ -388,7 +388,7 @@ def test_chat(llm: LLM) -> None:
     more = [*ids, *first.token_ids, 1, 2, 3]
     stream = llm.stream(more, SamplingParams(max_tokens=3))
     assert list(stream)
-    assert stream._generation.request.n_cached == (len(ids) + 59) // 32 * 32  # the conversation's pages are reused
+    assert stream._job.requests[0].n_cached == (len(ids) + 59) // 32 * 32  # the conversation's pages are reused
 
 
 def test_closed_and_forked(tiny: Path) -> None:
