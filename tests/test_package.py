@@ -26,7 +26,7 @@ FLOORS = [
     ("engine", "text"),
     ("generation",),
     ("llm",),
-    ("async_llm", "bench", "evaluate"),
+    ("async_llm", "batch", "bench", "evaluate"),
     ("cli",),
 ]
 

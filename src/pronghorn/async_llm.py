@@ -228,6 +228,7 @@ class AsyncStream(AsyncIterator[Chunk]):
         self.loop = asyncio.get_running_loop()
         self._chunks: deque[Chunk] = deque()
         self._news = asyncio.Event()
+        self._cancelled = False
 
     async def __anext__(self) -> Chunk:
         while not self._chunks:
@@ -235,6 +236,8 @@ class AsyncStream(AsyncIterator[Chunk]):
                 raise StopAsyncIteration
             self._news.clear()
             try:
+                if self._cancelled:  # the engine may be in a step, and end it afterwards
+                    raise PronghornError("the request was cancelled")
                 self._chunks.extend(self._job.advance())
             except PronghornError:  # one sample's error ends them all
                 await self.aclose()
@@ -260,6 +263,7 @@ class AsyncStream(AsyncIterator[Chunk]):
 
     def cancel(self) -> None:
         """Ends the request: who waits for a chunk gets PronghornError. Any thread may call it."""
+        self._cancelled = True
         self._llm.cancel(self._job)
         with contextlib.suppress(RuntimeError):  # where the loop is closed
             self.loop.call_soon_threadsafe(self._news.set)

@@ -211,13 +211,17 @@ class Engine:
                 row += 1
         return row
 
-    def _sample(self, request: Request, logits: memoryview, row: int, allowed: Mask | PronghornError | None) -> None:
+    def _sample(
+        self, request: Request, logits: memoryview, row: int, allowed: Mask | PronghornError | None = None
+    ) -> None:
         params, ids = request.params, request.token_ids
         try:
             if request.error:
                 raise request.error
             if isinstance(allowed, PronghornError):
                 raise allowed
+            if request.grammar and allowed is None:
+                allowed = request.grammar.mask()
             token_id = request.sampler.choose(logits, row, self.vocabulary, ids, request.n_prompt, allowed)
             if params.logprobs is not None or params.best_of is not None:
                 found = _native.log_probabilities(logits, row, self.vocabulary, token_id, params.logprobs or 0)

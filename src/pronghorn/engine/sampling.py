@@ -46,7 +46,7 @@ class SamplingParams:
     tokens' probabilities are given, best first.
 
     One of these gives the output a form (the extra `structured`; the end-of-sequence token comes where it may end):
-    `json_schema` (a dict, or its text), `regex` (the whole text matches it), `grammar` (in Lark's language, as
+    `json_schema` (a dict, or its text), `regex` (Rust's: the whole text matches it), `grammar` (in Lark's language, as
     llguidance reads it), `choice` (one of these strings).
 
     >>> SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, seed=1)
