@@ -67,7 +67,7 @@ class Engine:
             copy_page=runner.copy_page if use_cache else None,
         )
         self.masks: Masks[Request] = Masks()
-        self._timed: list[Request] = []  # that have a deadline
+        self._timed: dict[Request, float] = {}  # the deadlines of those that have one
         self._n_steps = self._n_generated = 0
 
     def check(self, request: Request) -> None:
@@ -95,7 +95,7 @@ class Engine:
         request.limit = min(self.context, request.n_prompt + n_new)
         self.scheduler.add(request)
         if request.deadline is not None:
-            self._timed.append(request)
+            self._timed[request] = request.deadline
 
     def step(self) -> list[Request]:
         """Schedules, runs, samples, commits -> the requests that have one more token, or have ended."""
@@ -146,6 +146,7 @@ class Engine:
         """Ends a request, in whatever state it is, and frees its pages; no effect on one that has ended."""
         if request.finish_reason is None:
             request.finish_reason = reason
+            self._timed.pop(request, None)
             self.scheduler.remove(request)
 
     def logits(self, ids: array[int], *, n_rows: int = 64) -> Iterator[memoryview]:
@@ -188,11 +189,9 @@ class Engine:
 
     def _expire(self, now: float) -> list[Request]:
         """Ends what has passed its deadline -> these requests. What they have by now they keep."""
-        expired = [request for request in self._timed if request.deadline is not None and request.deadline <= now]
-        if self._timed:
-            for request in expired:
-                self.finish(request, "timeout")
-            self._timed = [request for request in self._timed if request.finish_reason is None]
+        expired = [request for request, deadline in self._timed.items() if deadline <= now]
+        for request in expired:
+            self.finish(request, "timeout")
         return expired
 
     def _prompt_logprobs(self, request: Request, n_tokens: int, logits: memoryview, row: int) -> int:
