@@ -10,6 +10,9 @@ namespace pronghorn {
 
 namespace {
 
+// The interpreter lock is kept: a request's choice takes less time than it would take the engine's thread to get the
+// lock back from busy ones (measured: bench/company.py).
+
 // One row of a buffer of float32 [rows, vocabulary].
 const float* row_of(const Bytes& logits, i64 row, i64 vocabulary) {
   if (vocabulary < 1 || row < 0 || (row + 1) * vocabulary > logits.size<float>())
@@ -25,7 +28,6 @@ i64 choose_row(const Sampling& sampling, nb::handle logits, i64 row, i64 vocabul
   if (bits && bits->size<std::uint32_t>() < 1) throw std::out_of_range("the mask is empty");
   const Allowed allowed = bits ? Allowed{bits->data<const std::uint32_t>(), bits->size<std::uint32_t>()} : Allowed{};
   const float* x = row_of(values, row, vocabulary);
-  const nb::gil_scoped_release release;
   return choose(sampling, x, vocabulary, {ids.data<const std::int32_t>(), n_prompt, ids.size<std::int32_t>()}, allowed);
 }
 
@@ -33,7 +35,6 @@ std::vector<std::pair<i64, double>> log_probabilities_of_row(nb::handle logits, 
                                                              i64 n_top) {
   const Bytes values(logits);
   const float* x = row_of(values, row, vocabulary);
-  const nb::gil_scoped_release release;
   return log_probabilities(x, vocabulary, chosen, n_top);
 }
 

@@ -208,6 +208,17 @@ def test_a_fault_of_a_step_ends_what_ran_and_no_more(llm: LLM, monkeypatch: pyte
     asyncio.run(main())
 
 
+def test_the_switch_interval_is_shorter_while_it_is_open(llm: LLM) -> None:
+    before = sys.getswitchinterval()
+    for given, during in ((0.002, 0.002), (1.0, before), (None, before)):
+        engine = AsyncLLM(llm, switch_interval=given)
+        assert sys.getswitchinterval() == pytest.approx(during)
+        engine.close()
+        assert sys.getswitchinterval() == before
+    with pytest.raises(ParameterError, match="switch_interval is 0"):
+        AsyncLLM(llm, switch_interval=0)
+
+
 def test_draining_and_closing(llm: LLM) -> None:
     async def main() -> None:
         engine = AsyncLLM(llm)

@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import functools
 import itertools
+import sys
 import threading
 import weakref
 from collections import deque
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pronghorn.engine.engine import Stats
 from pronghorn.engine.grammar import FORMS
-from pronghorn.engine.sampling import SamplingParams, whole
+from pronghorn.engine.sampling import SamplingParams, number, whole
 from pronghorn.errors import ParameterError, PronghornError, QueueFull, ShuttingDown
 from pronghorn.generation import Chunk, Job, Output
 from pronghorn.llm import LLM, Prompt, check_stream
@@ -24,6 +25,7 @@ from pronghorn.llm import LLM, Prompt, check_stream
 if TYPE_CHECKING:
     from pronghorn.engine.scheduler import Request
 
+SWITCH_INTERVAL = 0.0001  # seconds; CPython's own is 0.005
 LONG = 4000  # characters of a prompt that is not made into tokens on the event loop's time
 
 
@@ -34,6 +36,9 @@ class AsyncLLM:
     and `stream` of the LLM itself may still be called, from any thread: they share its steps. `max_waiting`: samples
     that may wait beside those that run; more are refused by QueueFull (None: any number).
 
+    While it is open, the interpreter's switch interval is `switch_interval` seconds if it was longer: the thread comes
+    back from each step to ask for the interpreter, and busy threads would let it wait. None leaves it as it is.
+
     The LLM is not closed with it.
 
         async with AsyncLLM(llm) as engine:
@@ -42,7 +47,11 @@ class AsyncLLM:
                     print(chunk.text, end="")
     """
 
-    def __init__(self, llm: LLM, *, max_waiting: int | None = None) -> None:
+    def __init__(
+        self, llm: LLM, *, max_waiting: int | None = None, switch_interval: float | None = SWITCH_INTERVAL
+    ) -> None:
+        if switch_interval is not None:
+            switch_interval = number("switch_interval", switch_interval, 1e-6, 1)
         if not isinstance(llm, LLM):
             raise ParameterError(f"llm is {llm!r}: expected an LLM")
         self.llm = llm
@@ -56,6 +65,10 @@ class AsyncLLM:
         self._draining = self._closed = False
         if not llm.drive(self):
             raise PronghornError("this LLM has an AsyncLLM already")
+        self._interval_before = sys.getswitchinterval()
+        if switch_interval is not None and switch_interval < self._interval_before:
+            sys.setswitchinterval(switch_interval)
+        self._interval = sys.getswitchinterval()
         self._thread = threading.Thread(target=self._run, name="pronghorn-engine", daemon=True)
         self._thread.start()
         # A thread in native code must not outlive the interpreter.
@@ -126,6 +139,8 @@ class AsyncLLM:
         self._closed = True
         self._work.set()
         self._thread.join()
+        if sys.getswitchinterval() == self._interval:  # and nobody has changed it meanwhile
+            sys.setswitchinterval(self._interval_before)
         self.llm.undrive()
         for stream in list(self._streams.values()):
             stream.cancel()

@@ -34,8 +34,8 @@ class Pace:
         limit = 2 * self._most
         if self._token_s:
             alone = self.alone(n_decoding)
-            # A tenth is left for what varies.
-            limit = min(limit, int((0.9 * max(self.target_s, 2 * alone) - alone) / self._token_s))
+            # A quarter is left for what varies: p99 is to be within the target, not the median.
+            limit = min(limit, int((0.75 * max(self.target_s, 2 * alone) - alone) / self._token_s))
         return max(1, min(limit, self.max_tokens))
 
     def note(self, n_decoding: int, n_prompt: int, seconds: float) -> None:
