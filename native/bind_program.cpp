@@ -100,6 +100,7 @@ void bind_program(nb::module_& m) {
              if (name == names + 3) throw std::invalid_argument("no such KV format: " + format);
              new (self) KvCache(n_layers, n_pages, n_kv_heads, head_dim, static_cast<KvFormat>(name - names));
            })
+      .def("copy_page", &KvCache::copy_page, nb::arg("source"), nb::arg("target"))
       .def_prop_ro("nbytes", &KvCache::bytes);
 
   nb::class_<View>(m, "View")

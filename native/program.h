@@ -35,6 +35,7 @@ class KvCache {
   KvCache(i64 n_layers, i64 n_pages, i64 n_kv_heads, i64 head_dim, KvFormat format);
 
   KvLayer layer(i64 index) const;
+  void copy_page(i64 source, i64 target);  // in all layers; std::out_of_range for one that is not there
   i64 n_layers() const { return n_layers_; }
   i64 n_pages() const { return n_pages_; }
   i64 n_kv_heads() const { return n_kv_heads_; }

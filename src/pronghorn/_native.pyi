@@ -33,6 +33,8 @@ class KvCache:
     """Keys and values of all layers, in pages. `format` is f32 or bf16. Memory is taken when it is first touched."""
 
     def __init__(self, n_layers: int, n_pages: int, n_kv_heads: int, head_dim: int, format: str, /) -> None: ...
+    def copy_page(self, source: int, target: int) -> None:
+        """Makes a page equal to another, in all layers. IndexError for one that is not there."""
     @property
     def nbytes(self) -> int: ...
 
@@ -158,7 +160,16 @@ class Sampler:
         withheld: Sequence[int],
         min_tokens: int,
     ) -> None: ...
-    def choose(self, logits: Buffer, row: int, vocabulary: int, history: Buffer, n_prompt: int) -> int: ...
+    def choose(
+        self,
+        logits: Buffer,
+        row: int,
+        vocabulary: int,
+        history: Buffer,
+        n_prompt: int,
+        allowed: Buffer | None = None,
+    ) -> int:
+        """`allowed`: a bit for each token, in words of 32, the lowest first; tokens past its end are not allowed."""
 
 def log_probabilities(
     logits: Buffer, row: int, vocabulary: int, chosen: int, n_top: int

@@ -129,3 +129,6 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> memoryview:
         """Executes the batch -> logits, float32 `[len(logits_rows), vocabulary]`, valid until the next run."""
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Makes a page of the KV cache equal to another, in all layers."""

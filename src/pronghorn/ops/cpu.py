@@ -55,6 +55,10 @@ class CpuRunner:
             self.pool,
         )
 
+    def copy_page(self, source: int, target: int) -> None:
+        """See ops.Runner."""
+        self.cache.copy_page(source, target)
+
 
 class CpuOps:
     """Records operations (see ops.Ops): an activation is a View of one of the program's buffers."""

@@ -69,6 +69,11 @@ class TorchRunner:
         logits = self.model.forward(TorchOps(self, batch), self.weights)
         return logits.cpu().contiguous().numpy().data
 
+    def copy_page(self, source: int, target: int) -> None:
+        """See ops.Runner."""
+        pages = self.pages.view(*self.pages.shape[:2], -1, PAGE, *self.pages.shape[3:])
+        pages[:, :, target] = pages[:, :, source]
+
     def load(self, weight: Matrix) -> torch.Tensor:
         """The weight on the device, a matrix as `[n_out, n_in]`."""
         if not isinstance(weight, Dense):

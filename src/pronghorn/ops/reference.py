@@ -60,6 +60,10 @@ class ReferenceRunner:
             raise ParameterError(f"{len(batch.token_ids)} tokens in a batch: at most {self.max_tokens}")
         return self.model.forward(ReferenceOps(self, batch), self.weights)
 
+    def copy_page(self, source: int, target: int) -> None:
+        """See ops.Runner."""
+        self.pages[:, :, target] = self.pages[:, :, source]
+
     def array(self, weight: Matrix) -> Array:
         """`to_array`, once for each weight."""
         if id(weight) not in self._arrays:

@@ -94,6 +94,10 @@ class Tokenizer:
         """The model's chat template, or None."""
         return self.chat_templates.get("default")
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json, with all added tokens."""
+        return self._backend.to_str()
+
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids of a text, with the BOS and EOS that the model's files ask for unless `add_special` is false.
 
