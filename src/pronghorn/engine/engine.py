@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pronghorn import _native
-from pronghorn.engine.grammar import Mask, Masks
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
 from pronghorn.errors import ParameterError, PromptError, PronghornError
 from pronghorn.ops import PAGE, Batch, Runner
+
+if TYPE_CHECKING:
+    from pronghorn.engine.grammar import Mask, Masks
 
 
 class Stats(NamedTuple):
@@ -66,7 +68,7 @@ class Engine:
             max_sequences=max_sequences,
             copy_page=runner.copy_page if use_cache else None,
         )
-        self.masks: Masks[Request] = Masks()
+        self._ahead: Masks[Request] | None = None  # who computes masks while the model runs
         self._timed: dict[Request, float] = {}  # the deadlines of those that have one
         self._n_steps = self._n_generated = 0
 
@@ -108,9 +110,7 @@ class Engine:
             return advanced
         n_decoding = sum(request.n_left == 1 for request, _ in work)
         batch = self._batch(work)
-        masks = self.masks.start(
-            {request: request.grammar for request, n in work if request.grammar and n == request.n_left}
-        )
+        masks = self._masks(work)
         try:
             logits = self.runner.run(batch)
         finally:  # they were computed meanwhile
@@ -186,6 +186,17 @@ class Engine:
             if end == len(request.token_ids):
                 batch.logits_rows.append(len(batch.token_ids) - 1)
         return batch
+
+    def _masks(self, work: list[tuple[Request, int]]) -> Callable[[], dict[Request, Mask | PronghornError]]:
+        """Begins the masks of those that have a grammar and get a token -> what waits for them."""
+        grammars = {request: request.grammar for request, n in work if request.grammar and n == request.n_left}
+        if not grammars:
+            return dict
+        if self._ahead is None:
+            from pronghorn.engine.grammar import Masks
+
+            self._ahead = Masks()
+        return self._ahead.start(grammars)
 
     def _expire(self, now: float) -> list[Request]:
         """Ends what has passed its deadline -> these requests. What they have by now they keep."""
