@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "pack.h"
+#include "program.h"
 #include "threads.h"
 #include "twin.h"
 
@@ -119,23 +120,31 @@ void linears(const Kernels& kernels, Pool& pool, void* scratch) {
 void attention(const Kernels& kernels, void* scratch) {
   constexpr i64 kHeads = 4, kKvHeads = 2, kDim = 64, kTokens = 128, kWidth = kHeads * kDim;
   const std::vector<float> q = values(kTokens * kWidth);
-  std::vector<float> y(kTokens * kWidth);
-  for (KvFormat format : {KvFormat::f32, KvFormat::bf16}) {
-    const char* kind = format == KvFormat::f32 ? "f32" : "bf16";
-    std::vector<float> keys(kTokens * kKvHeads * kDim), others(keys);  // f32 is the widest
-    const KvLayer kv{keys.data(), others.data(), format, kKvHeads, kDim};
+  std::vector<float> y(kTokens * kWidth), folded(kTokens * kWidth), states(kTokens * kHeads * 2);
+  const std::pair<const char*, KvFormat> formats[] = {
+      {"f32", KvFormat::f32}, {"bf16", KvFormat::bf16}, {"int8", KvFormat::int8}};
+  for (const auto& [kind, format] : formats) {
+    KvCache cache(1, kTokens / kPage, kKvHeads, kDim, format);
     std::vector<std::int32_t> positions(kTokens), sequence(kTokens), pages(kTokens / kPage);
-    for (i64 i = 0; i < kTokens; ++i) positions[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(i);
+    for (std::size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<std::int32_t>(i);
     for (std::size_t i = 0; i < pages.size(); ++i) pages[i] = static_cast<std::int32_t>(i);
     Rows rows{kTokens, positions.data(), sequence.data(), pages.data(), static_cast<i64>(pages.size())};
-    count("store_kv " + std::string(kind),
-          [&] { kernels.store_kv(kv, rows, q.data(), kWidth, q.data() + kKvHeads * kDim, kWidth, 0, kTokens); });
+    count("store_kv " + std::string(kind), [&] {
+      kernels.store_kv(cache.layer(0), rows, q.data(), kWidth, q.data() + kKvHeads * kDim, kWidth, 0, kTokens);
+    });
     for (i64 n_rows : {i64{1}, kTokens}) {
       rows.n = n_rows;
       rows.positions = positions.data() + kTokens - n_rows;
-      const Attend attend{rows, q.data(), kWidth, kv, kHeads, 0.125F, 0, y.data(), kWidth};
-      count("attend " + std::string(kind) + ", " + std::to_string(n_rows) + " rows",
-            [&] { kernels.attend(attend, 0, n_rows * kKvHeads, scratch); });
+      const Attend attend{rows, q.data(),      kWidth,     cache.layer(0), kHeads, 0.125F,
+                          0,    states.data(), kHeads * 2, folded.data(),  kWidth};
+      AttendPlan plan(rows, kHeads, kKvHeads, kDim, 0, 1);
+      std::vector<float> partials(static_cast<std::size_t>(plan.floats()));
+      plan.place(partials.data());
+      count("attend " + std::string(kind) + ", " + std::to_string(n_rows) + " rows", [&] {
+        for (const Piece* piece = plan.begin(0); piece < plan.end(0); ++piece) kernels.attend(attend, *piece, scratch);
+        kernels.merge(attend, plan.partials().data(), static_cast<i64>(plan.partials().size()), y.data(), kWidth, 0,
+                      n_rows);
+      });
     }
   }
 }
