@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pronghorn import _native
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
+from pronghorn.engine.speculate import Draft, Proposal, Speculator
 from pronghorn.errors import ParameterError, PromptError, PronghornError
 from pronghorn.ops import PAGE, Batch, Runner
 
@@ -42,6 +44,11 @@ class Engine:
         self.use_cache = use_cache
         self.pool = PagePool(n_pages, prefix_cache=prefix_cache and use_cache)
         self.scheduler = Scheduler(self.pool, max_tokens=max_tokens, max_sequences=max_sequences)
+        self.speculator: Speculator | None = None
+
+    def speculate(self, draft: Draft, *, lengths: int | None = None) -> None:
+        """Has tokens drafted, which changes none of them; `lengths` fixes how many, else what pays is found out."""
+        self.speculator = Speculator(draft, self.pool, max_tokens=self.scheduler.max_tokens, lengths=lengths)
 
     def check(self, request: Request) -> None:
         """Raises PromptError or ParameterError for a request that cannot run here."""
@@ -75,12 +82,18 @@ class Engine:
             if self.scheduler.waiting:
                 raise PronghornError("the KV cache's pages are all held by others: nothing can run")
             return []
-        logits = self.runner.run(self._batch(work))
+        drafts = self.speculator.propose(work) if self.speculator else {}
+        logits = self._run(work, drafts)
         advanced: list[Request] = []
+        row = 0
         for request, n_tokens in work:
             self._commit(request, n_tokens)
             if request.n_computed == len(request.token_ids):
-                self._sample(request, logits, len(advanced))
+                self._sample(request, logits, row)
+                row += 1
+                if proposal := drafts.get(request):
+                    self._verify(proposal, logits, row)
+                    row += len(proposal.token_ids)
                 advanced.append(request)
         return advanced
 
@@ -112,7 +125,17 @@ class Engine:
         finally:
             self.pool.release(pages)
 
-    def _batch(self, work: list[tuple[Request, int]]) -> Batch:
+    def _run(self, work: list[tuple[Request, int]], drafts: Mapping[Request, Proposal]) -> memoryview:
+        """The step's logits: after each request's last token, and after each that is drafted for it."""
+        batch = self._batch(work, drafts)
+        if not self.speculator or len(batch.logits_rows) < len(batch.token_ids):
+            return self.runner.run(batch)
+        started = time.perf_counter()
+        logits = self.runner.run(batch)
+        self.speculator.ran(len(batch.token_ids), time.perf_counter() - started)
+        return logits
+
+    def _batch(self, work: list[tuple[Request, int]], drafts: Mapping[Request, Proposal]) -> Batch:
         batch = Batch(table_width=max(len(request.pages) for request, _ in work))
         for row, (request, n_tokens) in enumerate(work):
             start, end = request.n_computed, request.n_computed + n_tokens
@@ -123,7 +146,24 @@ class Engine:
             batch.page_table.extend([0] * (batch.table_width - len(request.pages)))
             if end == len(request.token_ids):
                 batch.logits_rows.append(len(batch.token_ids) - 1)
+            for token_id in drafts[request].token_ids if request in drafts else ():
+                batch.logits_rows.append(len(batch.token_ids))
+                batch.token_ids.append(token_id)
+                batch.positions.append(batch.positions[-1] + 1)
+                batch.sequence.append(row)
         return batch
+
+    def _verify(self, proposal: Proposal, logits: memoryview, row: int) -> None:
+        """Commits drafts as long as they are what was chosen anyway, each with the choice that follows it."""
+        request, n_right = proposal.request, 0
+        for token_id in proposal.token_ids:
+            if request.finish_reason or request.token_ids[-1] != token_id:
+                break
+            self._commit(request, 1)
+            self._sample(request, logits, row + n_right)
+            n_right += 1
+        assert self.speculator
+        self.speculator.verified(proposal, n_right)
 
     def _sample(self, request: Request, logits: memoryview, row: int) -> None:
         params, ids = request.params, request.token_ids

@@ -14,6 +14,7 @@ from pronghorn.ops import PAGE
 
 if TYPE_CHECKING:
     from pronghorn import _native
+    from pronghorn.engine.speculate import Odds
 
 
 class Logprob(NamedTuple):
@@ -44,8 +45,8 @@ class Request:
     """
 
     __slots__ = (
-        "chain", "error", "finish_reason", "limit", "logprobs", "n_cached", "n_chained", "n_computed", "n_prompt",
-        "pages", "params", "sampler", "seed", "stop_ids", "token_ids",
+        "chain", "error", "finish_reason", "limit", "logprobs", "n_accepted", "n_cached", "n_chained", "n_computed",
+        "n_drafted", "n_in_draft", "n_prompt", "odds", "pages", "params", "sampler", "seed", "stop_ids", "token_ids",
     )  # fmt: skip
 
     def __init__(self, token_ids: Sequence[int], params: SamplingParams, eos_ids: Iterable[int] = ()) -> None:
@@ -55,6 +56,7 @@ class Request:
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
         self.seed = fresh_seed() if params.seed is None else params.seed
         self.logprobs: list[Logprob] = []
+        self.n_drafted = self.n_accepted = 0  # tokens that a draft proposed, and of these the right ones
         self.finish_reason: str | None = None
         self.error: PronghornError | None = None
         # The engine's own:
@@ -65,6 +67,8 @@ class Request:
         self.n_cached: int | None = None  # of which the prefix cache gave so many when it first was let in
         self.chain = ROOT  # of the first n_chained pages
         self.n_chained = 0
+        self.n_in_draft = 0  # tokens whose keys and values the draft model has, where it has its own
+        self.odds: Odds | None = None  # of its drafts
 
     @property
     def n_left(self) -> int:
@@ -141,5 +145,5 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.pages)
         request.pages = []
-        request.n_computed = request.n_chained = 0
+        request.n_computed = request.n_chained = request.n_in_draft = 0
         request.chain = ROOT

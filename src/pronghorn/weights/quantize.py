@@ -55,8 +55,13 @@ BLOCKS = {
 EXACT = ("q4_0", "q4_1", "q8_0")
 """The block formats whose codes and scales are taken over bit for bit."""
 
-QUANTIZED = {"int8": Target("int8", 64), "int4": Target("int4", 32)}
-"""What `--dtype int8` and `int4` make of other weights."""
+QUANTIZED = {
+    "int8": Target("int8", 64),
+    "int4": Target("int4", 32),
+    "self-int8": Target("int8", 64),
+    "self-int4": Target("int4", 64),
+}
+"""What `--dtype int8` and `int4` make of other weights; and a draft of weights in any format, its own numbers."""
 
 
 def target_of(parameter: Parameter, tensor: Tensor, dtype: str) -> Target:
