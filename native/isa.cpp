@@ -27,6 +27,9 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace avx512bf16 {
+extern const Kernels table;
+}
 namespace amx {
 extern const Kernels table;
 }
@@ -44,7 +47,7 @@ namespace {
 #if defined(__x86_64__)
 
 struct Cpu {
-  bool avx2 = false, avx512 = false, amx = false;
+  bool avx2 = false, avx512 = false, bf16 = false, amx = false;
 
   Cpu() {
     unsigned a, b, c, d;
@@ -53,12 +56,14 @@ struct Cpu {
     const bool has_avx2 = bit(b, 5);
     const bool has_avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31) && bit(c, 11);
     const bool has_tiles = bit(d, 22) && bit(d, 24) && bit(d, 25);
+    const bool has_bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
     if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return;  // OSXSAVE: XGETBV may be asked
     const bool has_fma_f16c = bit(c, 12) && bit(c, 29);
     unsigned low, high;
     asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     avx2 = has_avx2 && has_fma_f16c && (low & 6) == 6;
     avx512 = avx2 && has_avx512 && (low & 0xe6) == 0xe6;
+    bf16 = avx512 && has_bf16;
     amx = avx512 && has_tiles && (low & 0x60000) == 0x60000 && permit_tiles();
   }
 
@@ -88,7 +93,7 @@ bool has_dotprod() {
 #endif
 
 struct Available {
-  const Kernels* list[5] = {};
+  const Kernels* list[6] = {};
   int count = 0;
 
   Available() {
@@ -99,6 +104,7 @@ struct Available {
 #else
     if (cpu.amx) list[count++] = &amx::table;
 #endif
+    if (cpu.bf16) list[count++] = &avx512bf16::table;
     if (cpu.avx512) list[count++] = &avx512::table;
     if (cpu.avx2) list[count++] = &avx2::table;
 #elif defined(__aarch64__)

@@ -4,11 +4,14 @@
 //   f32, f16 [out, in]:  16 partial sums, one a lane, input i in lane i % 16; then the tree of lanes_sum.
 //   f32, f16 [in, out]:  one chain an output, inputs ascending.
 //   bf16:                TDPBF16PS's: for 32 inputs an even and an odd chain from zero, added, then added to the sum.
+//                        With VDPBF16PS and without tiles as f32, by pairs: the odd product, then the even one.
 //   int8, int4:          exact integer sums of a group, then one float chain over the groups, ascending.
 #include "kernels.h"
 
 #if PRONGHORN_ISA_avx512
 #define PRONGHORN_NAMESPACE avx512
+#elif PRONGHORN_ISA_avx512bf16
+#define PRONGHORN_NAMESPACE avx512bf16
 #elif PRONGHORN_ISA_amx
 #define PRONGHORN_NAMESPACE amx
 #elif PRONGHORN_ISA_avx2
@@ -36,6 +39,7 @@ constexpr i64 kAhead = 4096;  // bytes from a load to what is fetched meanwhile;
 
 inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 inline i64 larger(i64 a, i64 b) { return a > b ? a : b; }
+inline i64 within(i64 n, i64 most) { return larger(0, smaller(n, most)); }
 
 // Calls f with N as a compile-time constant, so that a kernel's accumulators stay in registers.
 template <int N>
@@ -79,58 +83,141 @@ inline void finish(const Linear& l, i64 row, i64 o, i64 n, F sum) {
   store_first(l.y + row * l.y_stride + o, sum, n);
 }
 
-// ---- f32 and f16 -------------------------------------------------------------------------------------------------
+// ---- dense weights -------------------------------------------------------------------------------------------------
 
+// A format's elements in registers. `Element` is a weight, `X` an input, `V` what holds kStep of either; multiply_add
+// adds the products of x and w to 16 sums.
+//
+// In the [in, out] order inputs come in units of kUnit, whose weights for 16 P outputs are P registers (`unit`, in an
+// order of outputs that `in_order` undoes), and whose inputs are the 4 bytes that `broadcast` takes.
 struct F32 {
   using Element = float;
-  static F get(const float* p) { return load(p); }
-  static F get_first(const float* p, i64 n) { return load_first(p, n); }
+  using X = float;
+  using V = F;
+  static constexpr i64 kStep = kLanes, kUnit = 1;
+  static const X* input(const Linear& l) { return l.in.x; }
+  static i64 stride(const Linear& l) { return l.in.x_stride; }
+  static V x(const X* p) { return load(p); }
+  static V x_first(const X* p, i64 n) { return load_first(p, n); }
+  static V w(const Element* p) { return load(p); }
+  static V w_first(const Element* p, i64 n) { return load_first(p, n); }
+  static F multiply_add(V x, V w, F sum) { return fma(x, w, sum); }
+  static V broadcast(const X* p) { return set(*p); }
+  template <int P>
+  static void unit(const Element* p, i64 n_out, V out[P]) {
+    for (int v = 0; v < P; v++) out[v] = load(p + v * kLanes), prefetch(p + v * kLanes + 16 * n_out);
+  }
+  template <int P>
+  static void unit_first(const Element* p, i64, i64, i64 n, V out[P]) {
+    for (i64 v = 0; v < P; v++) out[v] = load_first(p + v * kLanes, within(n - v * kLanes, kLanes));
+  }
+  template <int P>
+  static void in_order(F[P]) {}
 };
-struct F16 {
+
+struct F16 : F32 {
   using Element = u16;
-  static F get(const u16* p) { return load_f16(p); }
-  static F get_first(const u16* p, i64 n) { return load_f16_first(p, n); }
+  static V w(const Element* p) { return load_f16(p); }
+  static V w_first(const Element* p, i64 n) { return load_f16_first(p, n); }
+  template <int P>
+  static void unit(const Element* p, i64 n_out, V out[P]) {
+    for (int v = 0; v < P; v++) out[v] = load_f16(p + v * kLanes), prefetch(p + v * kLanes + 16 * n_out);
+  }
+  template <int P>
+  static void unit_first(const Element* p, i64, i64, i64 n, V out[P]) {
+    for (i64 v = 0; v < P; v++) out[v] = load_f16_first(p + v * kLanes, within(n - v * kLanes, kLanes));
+  }
 };
+
+#if PRONGHORN_ISA_avx512bf16
+
+struct Bf16 {
+  using Element = u16;
+  using X = u16;
+  using V = I;
+  static constexpr i64 kStep = 32, kUnit = 2;
+  static const X* input(const Linear& l) { return static_cast<const X*>(l.in.values); }
+  static i64 stride(const Linear& l) { return l.in.stride; }
+  static V x(const X* p) { return load_halves(p, 32); }
+  static V x_first(const X* p, i64) { return load_halves(p, 32); }  // inputs are zero up to a multiple of 32
+  static V w(const Element* p) { return load_halves(p, 32); }
+  static V w_first(const Element* p, i64 n) { return load_halves(p, n); }
+  static F multiply_add(V x, V w, F sum) { return dot_pairs(x, w, sum); }
+  static V broadcast(const X* p) {
+    i32 pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return set_int(pair);
+  }
+  template <int P>
+  static void unit(const Element* p, i64 n_out, V out[P]) {
+    for (int v = 0; v < P; v += 2) {
+      const u16* q = p + v * kLanes;
+      prefetch(q + 32 * n_out), prefetch(q + 33 * n_out);
+      zip_halves(load_halves(q, 32), load_halves(q + n_out, 32), out[v], out[v + 1]);
+    }
+  }
+  template <int P>
+  static void unit_first(const Element* p, i64 n_out, i64 inputs, i64 n, V out[P]) {
+    for (i64 v = 0; v < P; v += 2) {
+      const u16* q = p + v * kLanes;
+      const i64 lanes = within(n - v * kLanes, 32);
+      const V odd = inputs > 1 ? load_halves(q + n_out, lanes) : zero_int();
+      zip_halves(load_halves(q, lanes), odd, out[v], out[v + 1]);
+    }
+  }
+  template <int P>
+  static void in_order(F sums[P]) {
+    for (int v = 0; v < P; v += 2) unzip_quads(sums[v], sums[v + 1]);
+  }
+};
+
+#endif
 
 // [out, in]: R rows times O outputs, lanes are inputs; the sums go to out[r][0..O).
 template <typename T, int R, int O>
-inline void dot_rows(const float* x, i64 x_stride, const typename T::Element* w, i64 n_in, float* out, i64 out_stride) {
+inline void dot_rows(const typename T::X* x, i64 x_stride, const typename T::Element* w, i64 n_in, bool first,
+                     float* out, i64 out_stride) {
   F sum[R][O];
   for (auto& row : sum)
     for (F& s : row) s = zero();
   i64 i = 0;
-  for (; i + kLanes <= n_in; i += kLanes) {
-    if constexpr (R == 1) {  // the rows after these, evenly
+  for (; i + T::kStep <= n_in; i += T::kStep) {
+    if (R == 1 || first) {  // the rows after these, evenly
       const auto* next = reinterpret_cast<const u8*>(w + O * n_in + O * i);
-      for (i64 b = 0; b < i64(O * kLanes * sizeof(*w)); b += 64) prefetch(next + b);
+      for (i64 b = 0; b < i64(O * T::kStep * sizeof(*w)); b += 64) prefetch(next + b);
     }
-    F wi[O];
-    for (int o = 0; o < O; o++) wi[o] = T::get(w + o * n_in + i);
+    typename T::V wi[O];
+    for (int o = 0; o < O; o++) wi[o] = T::w(w + o * n_in + i);
     for (int r = 0; r < R; r++) {
-      const F xi = load(x + r * x_stride + i);
-      for (int o = 0; o < O; o++) sum[r][o] = fma(xi, wi[o], sum[r][o]);
+      const auto xi = T::x(x + r * x_stride + i);
+      for (int o = 0; o < O; o++) sum[r][o] = T::multiply_add(xi, wi[o], sum[r][o]);
     }
   }
   if (i < n_in) {
     for (int o = 0; o < O; o++) {
-      const F wi = T::get_first(w + o * n_in + i, n_in - i);
-      for (int r = 0; r < R; r++) sum[r][o] = fma(load_first(x + r * x_stride + i, n_in - i), wi, sum[r][o]);
+      const auto wi = T::w_first(w + o * n_in + i, n_in - i);
+      for (int r = 0; r < R; r++)
+        sum[r][o] = T::multiply_add(T::x_first(x + r * x_stride + i, n_in - i), wi, sum[r][o]);
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int o = 0; o < O; o++) out[r * out_stride + o] = lanes_sum(sum[r][o]);
+  for (int r = 0; r < R; r++) {
+    int o = 0;
+    if constexpr (O % 4 == 0)
+      for (; o < O; o += 4) lanes_sums(sum[r] + o, out + r * out_stride + o);
+    for (; o < O; o++) out[r * out_stride + o] = lanes_sum(sum[r][o]);
+  }
 }
 
 template <typename T>
 void linear_out_in(const Linear& l, i64 begin, i64 end) {
-  const i64 n_in = l.w->n_in;
+  const i64 n_in = l.w->n_in, x_stride = T::stride(l);
   const auto* w = reinterpret_cast<const typename T::Element*>(l.w->data);
   constexpr i64 kRows = 4, kBlock = 64;  // a block of outputs stays in the second cache while all rows pass
   for (i64 block = begin; block < end; block += kBlock) {
     const i64 block_end = smaller(end, block + kBlock);
     for (i64 row = 0; row < l.n_rows; row += kRows) {
       const i64 rows = smaller(kRows, l.n_rows - row);
-      const float* x = l.in.x + row * l.in.x_stride;
+      const auto* x = T::input(l) + row * x_stride;
       for (i64 o = block; o < block_end; o += kPanel) {
         const i64 n = smaller(kPanel, block_end - o);
         alignas(64) float sums[kRows][kPanel];
@@ -138,8 +225,10 @@ void linear_out_in(const Linear& l, i64 begin, i64 end) {
           // As many sums as the registers hold beside what goes into them.
           constexpr int R = decltype(count)::value, O = kRegisters > 8 ? (R == 1 ? 8 : 4) : R == 1 ? 4 : R == 4 ? 1 : 2;
           i64 j = 0;
-          for (; j + O <= n; j += O) dot_rows<T, R, O>(x, l.in.x_stride, w + (o + j) * n_in, n_in, &sums[0][j], kPanel);
-          for (; j < n; j++) dot_rows<T, R, 1>(x, l.in.x_stride, w + (o + j) * n_in, n_in, &sums[0][j], kPanel);
+          for (; j + O <= n; j += O)
+            dot_rows<T, R, O>(x, x_stride, w + (o + j) * n_in, n_in, row == 0, &sums[0][j], kPanel);
+          for (; j < n; j++)
+            dot_rows<T, R, 1>(x, x_stride, w + (o + j) * n_in, n_in, row == 0, &sums[0][j], kPanel);
         });
         for (i64 r = 0; r < rows; r++) finish(l, row + r, o, n, load_first(sums[r], n));
       }
@@ -147,49 +236,122 @@ void linear_out_in(const Linear& l, i64 begin, i64 end) {
   }
 }
 
-// [in, out]: lanes are outputs. A strip of outputs at a time; its sums wait in `scratch` between blocks of inputs.
+// [in, out]: lanes are outputs. R rows times P registers of outputs, for units whose weights `next` gives.
+template <typename T, int R, int P, typename Next>
+inline void add_units(const typename T::X* x, i64 x_stride, i64 n_units, float* sums, i64 width, bool start,
+                      const Next& next) {
+  F sum[R][P];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < P; v++) sum[r][v] = start ? zero() : load(sums + r * width + v * kLanes);
+#pragma GCC unroll 4
+  for (i64 u = 0; u < n_units; u++) {
+    typename T::V w[P];
+    next(u, w);
+    for (int r = 0; r < R; r++) {
+      const auto xu = T::broadcast(x + r * x_stride + u * T::kUnit);
+      for (int v = 0; v < P; v++) sum[r][v] = T::multiply_add(xu, w[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < P; v++) store(sums + r * width + v * kLanes, sum[r][v]);
+}
+
+template <typename T, int P>
+inline void finish_sums(const Linear& l, i64 row, i64 n_rows, i64 o, i64 n, const float* sums, i64 width) {
+  for (i64 r = 0; r < n_rows; r++)
+    for (i64 v = 0; v < n; v += P * kLanes) {
+      F sum[P];
+      for (int k = 0; k < P; k++) sum[k] = load(sums + r * width + v + k * kLanes);
+      T::template in_order<P>(sum);
+      for (i64 k = 0; k < P && v + k * kLanes < n; k++)
+        finish(l, row + r, o + v + k * kLanes, smaller(kLanes, n - v - k * kLanes), sum[k]);
+    }
+}
+
+// Few rows: straight from the weights as they stand, a strip of outputs for some inputs at a time.
+template <typename T, int R>
+void in_out_few(const Linear& l, i64 begin, i64 end, float* sums) {
+  constexpr int P = kRegisters > 8 ? 4 : R == 1 ? 4 : R == 2 ? 2 : 1;
+  constexpr i64 kInputs = 16, kStrip = 4096 / R / 64 * 64;
+  const i64 n_in = l.w->n_in, n_out = l.w->n_out, x_stride = T::stride(l);
+  const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
+  for (i64 o = begin; o < end; o += kStrip) {
+    const i64 n = smaller(kStrip, end - o), width = round_up(n, P * kLanes);
+    for (i64 i = 0; i < n_in; i += kInputs) {
+      const i64 inputs = smaller(kInputs, n_in - i);
+      const auto* x = T::input(l) + i;
+      for (i64 v = 0; v < n; v += P * kLanes) {
+        const auto* w = weights + i * n_out + o + v;
+        const i64 outputs = n - v;
+        if (inputs == kInputs && outputs >= P * kLanes) {
+          add_units<T, R, P>(x, x_stride, kInputs / T::kUnit, sums + v, width, i == 0, [&](i64 u, typename T::V out[P]) {
+            T::template unit<P>(w + u * T::kUnit * n_out, n_out, out);
+          });
+        } else {
+          add_units<T, R, P>(
+              x, x_stride, div_up(inputs, T::kUnit), sums + v, width, i == 0, [&](i64 u, typename T::V out[P]) {
+                T::template unit_first<P>(w + u * T::kUnit * n_out, n_out, inputs - u * T::kUnit, outputs, out);
+              });
+        }
+      }
+    }
+    finish_sums<T, P>(l, 0, R, o, n, sums, width);
+  }
+}
+
+// Many rows: a strip's weights are first laid side by side.
 template <typename T>
-void linear_in_out(const Linear& l, i64 begin, i64 end, float* scratch) {
-  const i64 n_in = l.w->n_in, n_out = l.w->n_out;
-  const auto* w = reinterpret_cast<const typename T::Element*>(l.w->data);
-  constexpr i64 kRows = 4, kInputs = 16;
-  const i64 strip = l.n_rows == 1 ? 4096 : 128;
-  constexpr i64 kMany = 512;  // rows whose sums fit into the scratch memory
-  for (i64 o = begin; o < end; o += strip) {
-    const i64 n = smaller(strip, end - o), width = round_up(n, kLanes);
+void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
+  using V = typename T::V;
+  constexpr int P = kRegisters > 8 ? 4 : 1;
+  constexpr i64 kRows = 6, kUnits = 2048, kMany = 512, kWidth = P * kLanes;
+  static_assert((kUnits + kMany) * kWidth * 4 <= kScratch);
+  const i64 n_out = l.w->n_out, x_stride = T::stride(l), n_units = div_up(l.w->n_in, T::kUnit);
+  const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
+  auto* strip = static_cast<u8*>(scratch);
+  auto* sums = static_cast<float*>(scratch) + kUnits * kWidth;
+  for (i64 o = begin; o < end; o += kWidth) {
+    const i64 n = smaller(kWidth, end - o);
     for (i64 first_row = 0; first_row < l.n_rows; first_row += kMany) {
       const i64 n_rows = smaller(kMany, l.n_rows - first_row);
-      std::memset(scratch, 0, size_t(n_rows * width) * sizeof(float));
-      for (i64 i = 0; i < n_in; i += kInputs) {
-        const i64 inputs = smaller(kInputs, n_in - i);
+      for (i64 first = 0; first < n_units; first += kUnits) {
+        const i64 units = smaller(kUnits, n_units - first);
+        for (i64 u = 0; u < units; u++) {
+          const i64 i = (first + u) * T::kUnit;
+          V out[P];
+          if (n == kWidth && i + T::kUnit <= l.w->n_in)
+            T::template unit<P>(weights + i * n_out + o, n_out, out);
+          else
+            T::template unit_first<P>(weights + i * n_out + o, n_out, l.w->n_in - i, n, out);
+          std::memcpy(strip + u * sizeof out, out, sizeof out);
+        }
         for (i64 row = 0; row < n_rows; row += kRows) {
+          const auto* x = T::input(l) + (first_row + row) * x_stride + first * T::kUnit;
           with_count<kRows>(smaller(kRows, n_rows - row), [&](auto count) {
-            constexpr int R = decltype(count)::value;
-            const float* x = l.in.x + (first_row + row) * l.in.x_stride + i;
-            float* sums = scratch + row * width;
-            for (i64 v = 0; v < n; v += kLanes) {
-              F sum[R];
-              for (int r = 0; r < R; r++) sum[r] = load(sums + r * width + v);
-              const auto* p = w + i * n_out + o + v;
-              const i64 lanes = smaller(kLanes, n - v);
-              for (i64 j = 0; j < inputs; j++, p += n_out) {
-                const F wj = lanes == kLanes ? T::get(p) : T::get_first(p, lanes);
-                if constexpr (R == 1) prefetch(p + kInputs * n_out);
-                for (int r = 0; r < R; r++) sum[r] = fma(set(x[r * l.in.x_stride + j]), wj, sum[r]);
-              }
-              for (int r = 0; r < R; r++) store(sums + r * width + v, sum[r]);
-            }
+            add_units<T, decltype(count)::value, P>(
+                x, x_stride, units, sums + row * kWidth, kWidth, first == 0,
+                [&](i64 u, V out[P]) { std::memcpy(out, strip + u * P * sizeof(V), P * sizeof(V)); });
           });
         }
       }
-      for (i64 r = 0; r < n_rows; r++)
-        for (i64 v = 0; v < n; v += kLanes)
-          finish(l, first_row + r, o + v, smaller(kLanes, n - v), load(scratch + r * width + v));
+      finish_sums<T, P>(l, first_row, n_rows, o, n, sums, kWidth);
     }
   }
 }
 
-// ---- bf16 --------------------------------------------------------------------------------------------------------
+template <typename T>
+void linear_dense(const Linear& l, i64 begin, i64 end, void* scratch) {
+  constexpr i64 kFew = kRegisters > 8 ? 6 : 4;
+  if (l.w->order == Order::out_in) return linear_out_in<T>(l, begin, end);
+  if (l.n_rows > kFew) return in_out_many<T>(l, begin, end, scratch);
+  with_count<kFew>(l.n_rows, [&](auto count) {
+    in_out_few<T, decltype(count)::value>(l, begin, end, static_cast<float*>(scratch));
+  });
+}
+
+// ---- bf16 in the order of tiles ------------------------------------------------------------------------------------
+
+#if !PRONGHORN_ISA_avx512bf16
 
 // 32 inputs of a panel of 16 outputs as pairs: out[j] has inputs (2j, 2j + 1) of each output; zero past the edges.
 inline void load_pairs(const Matrix& w, i64 i, i64 o, I out[16]) {
@@ -352,6 +514,8 @@ void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
     }
   }
 }
+
+#endif
 
 #endif
 
@@ -582,15 +746,17 @@ void linear_quantized_any(const Linear& l, i64 begin, i64 end, void* scratch) {
 }
 
 void linear(const Linear& l, i64 begin, i64 end, void* scratch) {
-  const bool in_out = l.w->order == Order::in_out;
-  auto* floats = static_cast<float*>(scratch);
   switch (l.w->format) {
     case Format::f32:
-      return in_out ? linear_in_out<F32>(l, begin, end, floats) : linear_out_in<F32>(l, begin, end);
+      return linear_dense<F32>(l, begin, end, scratch);
     case Format::f16:
-      return in_out ? linear_in_out<F16>(l, begin, end, floats) : linear_out_in<F16>(l, begin, end);
+      return linear_dense<F16>(l, begin, end, scratch);
     case Format::bf16:
+#if PRONGHORN_ISA_avx512bf16
+      return linear_dense<Bf16>(l, begin, end, scratch);
+#else
       return linear_bf16(l, begin, end, scratch);
+#endif
     case Format::int8:
     case Format::int4:
       break;

@@ -56,7 +56,7 @@ inline float from_f16(u16 v) {
 //
 // prefetch: into the second cache; the first has too few places for what is on its way (on Zen 4, half the speed).
 //
-// lanes_sum: lanes n apart are added, for n = 8, 4, 2, 1.
+// lanes_sum: lanes n apart are added, for n = 8, 4, 2, 1. lanes_sums: of four registers.
 //
 // store_int8_first: 8-bit integers within +-127, rounded half to even (of a NaN: 0), -> their sum.
 //
@@ -65,7 +65,10 @@ inline float from_f16(u16 v) {
 // eight times between begin_nibbles(sum) and end_nibbles(sum, n). All are exact.
 //
 // transpose: rows of 16 pairs of bf16 to columns, v[j] gets pair j of each row. load_transposed: from memory.
-#if PRONGHORN_ISA_avx512 || PRONGHORN_ISA_amx
+//
+// With VDPBF16PS also: dot_pairs adds to each sum the product of the odd, then of the even halves; zip_halves pairs the
+// halves of two rows, which leaves the outputs in an order that unzip_quads undoes.
+#if PRONGHORN_ISA_avx512 || PRONGHORN_ISA_avx512bf16 || PRONGHORN_ISA_amx
 #include "simd_avx512.h"
 #elif PRONGHORN_ISA_avx2
 #include "simd_avx2.h"
@@ -77,6 +80,12 @@ inline float from_f16(u16 v) {
 
 namespace pronghorn {
 namespace PRONGHORN_NAMESPACE {
+
+#if !(PRONGHORN_ISA_avx512 || PRONGHORN_ISA_avx512bf16 || PRONGHORN_ISA_amx)
+inline void lanes_sums(const F v[4], float* out) {
+  for (int i = 0; i < 4; i++) out[i] = lanes_sum(v[i]);
+}
+#endif
 
 // Quads to ByteQuads, where these are wider (AVX2).
 void widen_quads(const u8* x, i64 n, ByteQuad* quads);

@@ -63,6 +63,16 @@ inline float lanes_sum(F v) {
   const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
+inline void lanes_sums(const F v[4], float* out) {
+  const auto halves = [](F a, F b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  const F a = halves(v[0], v[1]), b = halves(v[2], v[3]);
+  const F c = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  const F d = _mm512_add_ps(c, _mm512_permute_ps(c, 0x4e)), e = _mm512_add_ps(d, _mm512_permute_ps(d, 0xb1));
+  const I each = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(each, e)));
+}
 inline float lanes_max(F v) { return _mm512_reduce_max_ps(v); }
 
 inline i32 store_int8_first(std::int8_t* p, F v, i64 n) {
@@ -115,6 +125,17 @@ inline void load_transposed(const u16* p, i64 stride, I v[16]) {
   for (i64 r = 0; r < 16; r++) v[r] = load_pairs_first(p + r * stride, 32);
   transpose(v);
 }
+#if PRONGHORN_ISA_avx512bf16
+inline I load_halves(const u16* p, i64 n) { return n == 32 ? _mm512_loadu_si512(p) : load_pairs_first(p, n); }
+inline F dot_pairs(I x, I w, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w); }
+inline void zip_halves(I a, I b, I& low, I& high) {
+  low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+}
+inline void unzip_quads(F& low, F& high) {
+  const F a = _mm512_shuffle_f32x4(low, high, 0x44), b = _mm512_shuffle_f32x4(low, high, 0xee);
+  low = _mm512_shuffle_f32x4(a, a, 0xd8), high = _mm512_shuffle_f32x4(b, b, 0xd8);
+}
+#endif
 inline F even_halves(I pairs) { return as_float(_mm512_slli_epi32(pairs, 16)); }
 inline F odd_halves(I pairs) { return as_float(_mm512_and_si512(pairs, set_int(i32(0xffff0000)))); }
 

@@ -283,6 +283,7 @@ class Problem {
 
   void check(const Kernels& kernels, Report& report) {
     fused_ = std::strcmp(kernels.isa, "generic") != 0;
+    pairs_ = std::strcmp(kernels.isa, "avx512bf16") == 0;
     const std::string what = describe();
     Floats whole(n_rows_ * y_stride_, Role::output, random_.in(0, 3));
     run(kernels, whole, 0, n_rows_, 0, n_out_);
@@ -430,7 +431,9 @@ class Problem {
     const i64 step = shape_.order == Order::out_in ? 1 : n_out_, at = shape_.order == Order::out_in ? o * n_in_ : o;
     if (shape_.format == Format::bf16) {
       *error = 0;
-      return double{twin::bfloat_dot(halves_.data() + r * stride_, dense16_->data() + at, step, n_in_, fused_)};
+      const std::uint16_t *x = halves_.data() + r * stride_, *w = dense16_->data() + at;
+      return double{pairs_ ? twin::bfloat_pairs_dot(x, w, step, n_in_, shape_.order == Order::out_in ? 16 : 1)
+                           : twin::bfloat_dot(x, w, step, n_in_, fused_)};
     }
     for (i64 i = 0; i < n_in_; ++i) {
       const i64 k = at + i * step;
@@ -471,7 +474,7 @@ class Problem {
   Random random_;
   Activation activation_;
   Residual residual_kind_;
-  bool has_bias_ = false, packed_, fused_ = true;
+  bool has_bias_ = false, packed_, fused_ = true, pairs_ = false;
   i64 x_stride_, y_stride_, stride_;
   Floats x_;                        // f32 and f16
   Guarded<std::uint16_t> halves_;   // bf16

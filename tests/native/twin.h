@@ -112,6 +112,20 @@ inline float bfloat_dot(const std::uint16_t* x, const std::uint16_t* w, i64 w_st
   return sum;
 }
 
+// VDPBF16PS's: pair p goes to chain p % n_chains, its odd product first; the chains are added by lanes n_chains / 2, / 4,
+// ... apart. One chain in the [in, out] order, 16 in the other.
+inline float bfloat_pairs_dot(const std::uint16_t* x, const std::uint16_t* w, i64 w_stride, i64 n, i64 n_chains) {
+  float chains[16] = {};
+  for (i64 pair = 0; pair < (n + 31) / 32 * 16; ++pair)
+    for (i64 i : {2 * pair + 1, 2 * pair}) {
+      float& chain = chains[pair % n_chains];
+      chain = std::fma(i < n ? bfloat(x[i]) : 0, i < n ? bfloat(w[i * w_stride]) : 0, chain);
+    }
+  for (i64 apart = n_chains / 2; apart > 0; apart /= 2)
+    for (i64 lane = 0; lane < apart; ++lane) chains[lane] += chains[lane + apart];
+  return chains[0];
+}
+
 // A matrix of small integers with scales: w[o][i] = scale[o][g] * q[o][i] + minimum[o][g]. For int8, q is
 // stored - 128 and the minimum is 0; for a symmetric int4 the minimum is -8 * scale.
 struct Quantized {
