@@ -320,8 +320,8 @@ class DraftModel:
         else:
             self.model, tensors = model_of(checkpoint)
             check_vocabulary(name, checkpoint, self.model, llm)
-        dtype = name if own else "auto"
-        self.weights = prepare(checkpoint, self.model.parameters(), tensors, dtype, threads)
+        dtype, heads = name if own else "auto", (self.model.EMBEDDING, "lm_head.weight")
+        self.weights = prepare(checkpoint, self.model.parameters(), tensors, dtype, threads, heads)
         self.weight_bytes = bytes_read(self.model, self.weights)
 
     def token_bytes(self, kv_dtype: str) -> int:

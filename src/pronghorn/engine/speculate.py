@@ -376,7 +376,7 @@ class ModelDraft:
     def extend(self, active: list[Proposal]) -> tuple[int, list[Proposal]]:
         """One pass -> its rows, and the proposals that have one more token, and may have another."""
         batch, budget = Batch(table_width=max(len(p.request.pages) for p in active)), self.max_tokens
-        reached = []
+        spans, reached = [], []
         for row, proposal in enumerate(active):
             request = proposal.request
             ids = request.token_ids + proposal.token_ids
@@ -388,13 +388,15 @@ class ModelDraft:
             batch.sequence.extend([row] * (end - start))
             batch.page_table.extend(request.pages)
             batch.page_table.extend([0] * (batch.table_width - len(request.pages)))
-            self.wrote(request, start, end)
+            spans.append((request, start, end))
             if start < end == len(ids):
                 batch.logits_rows.append(len(batch.token_ids) - 1)
                 reached.append((proposal, ids))
         if not batch.token_ids:
             return 0, []
         logits = self.runner.run(batch)
+        for span in spans:
+            self.wrote(*span)
         drafted = []
         for row, (proposal, ids) in enumerate(reached):
             request, odds = proposal.request, proposal_odds(proposal)
