@@ -103,6 +103,8 @@ struct F32 {
   static V w_first(const Element* p, i64 n) { return load_first(p, n); }
   static F multiply_add(V x, V w, F sum) { return fma(x, w, sum); }
   static V broadcast(const X* p) { return set(*p); }
+  static V stored(const u8* p) { return load(reinterpret_cast<const float*>(p)); }
+  static void keep(u8* p, V v) { store(reinterpret_cast<float*>(p), v); }
   template <int P>
   static void unit(const Element* p, i64 n_out, V out[P]) {
     for (int v = 0; v < P; v++) out[v] = load(p + v * kLanes), prefetch(p + v * kLanes + 16 * n_out);
@@ -143,6 +145,8 @@ struct Bf16 {
   static V w(const Element* p) { return load_halves(p, 32); }
   static V w_first(const Element* p, i64 n) { return load_halves(p, n); }
   static F multiply_add(V x, V w, F sum) { return dot_pairs(x, w, sum); }
+  static V stored(const u8* p) { return load_quads(p); }
+  static void keep(u8* p, V v) { store_quads(p, v); }
   static V broadcast(const X* p) {
     i32 pair;
     std::memcpy(&pair, p, sizeof pair);
@@ -227,8 +231,7 @@ void linear_out_in(const Linear& l, i64 begin, i64 end) {
           i64 j = 0;
           for (; j + O <= n; j += O)
             dot_rows<T, R, O>(x, x_stride, w + (o + j) * n_in, n_in, row == 0, &sums[0][j], kPanel);
-          for (; j < n; j++)
-            dot_rows<T, R, 1>(x, x_stride, w + (o + j) * n_in, n_in, row == 0, &sums[0][j], kPanel);
+          for (; j < n; j++) dot_rows<T, R, 1>(x, x_stride, w + (o + j) * n_in, n_in, row == 0, &sums[0][j], kPanel);
         });
         for (i64 r = 0; r < rows; r++) finish(l, row + r, o, n, load_first(sums[r], n));
       }
@@ -284,9 +287,9 @@ void in_out_few(const Linear& l, i64 begin, i64 end, float* sums) {
         const auto* w = weights + i * n_out + o + v;
         const i64 outputs = n - v;
         if (inputs == kInputs && outputs >= P * kLanes) {
-          add_units<T, R, P>(x, x_stride, kInputs / T::kUnit, sums + v, width, i == 0, [&](i64 u, typename T::V out[P]) {
-            T::template unit<P>(w + u * T::kUnit * n_out, n_out, out);
-          });
+          add_units<T, R, P>(
+              x, x_stride, kInputs / T::kUnit, sums + v, width, i == 0,
+              [&](i64 u, typename T::V out[P]) { T::template unit<P>(w + u * T::kUnit * n_out, n_out, out); });
         } else {
           add_units<T, R, P>(
               x, x_stride, div_up(inputs, T::kUnit), sums + v, width, i == 0, [&](i64 u, typename T::V out[P]) {
@@ -323,14 +326,16 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
             T::template unit<P>(weights + i * n_out + o, n_out, out);
           else
             T::template unit_first<P>(weights + i * n_out + o, n_out, l.w->n_in - i, n, out);
-          std::memcpy(strip + u * sizeof out, out, sizeof out);
+          for (int v = 0; v < P; v++) T::keep(strip + (u * P + v) * kPanel * 4, out[v]);
         }
         for (i64 row = 0; row < n_rows; row += kRows) {
           const auto* x = T::input(l) + (first_row + row) * x_stride + first * T::kUnit;
           with_count<kRows>(smaller(kRows, n_rows - row), [&](auto count) {
-            add_units<T, decltype(count)::value, P>(
-                x, x_stride, units, sums + row * kWidth, kWidth, first == 0,
-                [&](i64 u, V out[P]) { std::memcpy(out, strip + u * P * sizeof(V), P * sizeof(V)); });
+            add_units<T, decltype(count)::value, P>(x, x_stride, units, sums + row * kWidth, kWidth, first == 0,
+                                                    [&](i64 u, V out[P]) {
+                                                      for (int v = 0; v < P; v++)
+                                                        out[v] = T::stored(strip + (u * P + v) * kPanel * 4);
+                                                    });
           });
         }
       }
@@ -558,55 +563,63 @@ constexpr bool kWidens = K == Kind::int8 && sizeof(ByteQuad) > sizeof(i32);
 template <Kind K>
 constexpr i64 kQuadSize = kWidens<K> ? sizeof(ByteQuad) : sizeof(i32);
 
-// One panel for R rows, whose quads are at `x`, `x_stride` bytes apart. Groups of U units are unrolled (0: of any
-// size).
-template <Kind K, int R, int U>
+// P panels for R rows, whose quads are at `x`, `x_stride` bytes apart. Groups of U units are unrolled (0: of any size).
+template <Kind K, int R, int P, int U>
 inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8* panel, i64 o, i64 end, i64 row,
                            const u8* x, i64 x_stride) {
   const Matrix& w = *l.w;
-  const i64 group = w.group ? w.group : round_up(w.n_in, 4), share = layout.size / layout.n_groups;
+  const i64 group = w.group ? w.group : round_up(w.n_in, 4), share = layout.size / layout.n_groups * P;
   const float* x_scales = l.in.scales + row * layout.n_groups;
   const i32* x_sums = l.in.sums + row * layout.n_groups;
-  F total[R];
-  for (F& t : total) t = zero();
+  F total[R][P];
+  for (auto& row_totals : total)
+    for (F& t : row_totals) t = zero();
   const auto add = [&](i64 g, i64 n_units, auto unrolled) {
     constexpr int N = decltype(unrolled)::value;
     const u8* values = panel + layout.values + g * (group / kUnit<K>)*64;
     const u8* xg = x + g * (group / 4) * kQuadSize<K>;
-    if constexpr (R == 1) {  // scales and values alike, evenly
-      const u8* ahead = panel + (kNibbles<K> ? 2 : 1) * kAhead + g * share;
+    if (R == 1 || row == 0) {  // scales and values alike, evenly
+      const u8* ahead = panel + (kNibbles<K> || kRegisters == 8 ? 2 : 1) * kAhead + g * share;
       for (i64 i = 0; i < share; i += 64) prefetch(ahead + i);
     }
-    I dots[R];
-    for (int r = 0; r < R; r++) dots[r] = start_of<K>(x_sums[r * layout.n_groups + g]);
+    I dots[R][P];
+    for (int r = 0; r < R; r++)
+      for (int p = 0; p < P; p++) dots[r][p] = start_of<K>(x_sums[r * layout.n_groups + g]);
     const auto quad = [&](int r, i64 q) {
-      const u8* p = xg + r * x_stride + q * kQuadSize<K>;
+      const u8* at = xg + r * x_stride + q * kQuadSize<K>;
       if constexpr (kWidens<K>) {
-        return *reinterpret_cast<const ByteQuad*>(p);
+        return *reinterpret_cast<const ByteQuad*>(at);
       } else {
         i32 v;
-        std::memcpy(&v, p, sizeof v);
+        std::memcpy(&v, at, sizeof v);
         return v;
       }
     };
     const auto units = [&](i64 first_unit, i64 n) {  // at most 4
       if constexpr (kNibbles<K>) {
-        Nibbles sums[R];
-        for (int r = 0; r < R; r++) sums[r] = begin_nibbles(dots[r]);
+        Nibbles sums[R][P];
+        for (int r = 0; r < R; r++)
+          for (int p = 0; p < P; p++) sums[r][p] = begin_nibbles(dots[r][p]);
 #pragma GCC unroll 4
-        for (i64 u = first_unit; u < first_unit + n; u++) {
-          const Quads v = load_quads(values + 64 * u), low = low_nibbles(v), high = high_nibbles(v);
-          for (int r = 0; r < R; r++) {
-            sums[r] = dot_nibbles(sums[r], low, quad(r, 2 * u));
-            sums[r] = dot_nibbles(sums[r], high, quad(r, 2 * u + 1));
+        for (i64 u = first_unit; u < first_unit + n; u++)
+          for (int p = 0; p < P; p++) {
+            const Quads v = load_quads(values + p * layout.size + 64 * u), low = low_nibbles(v), high = high_nibbles(v);
+            for (int r = 0; r < R; r++) {
+              sums[r][p] = dot_nibbles(sums[r][p], low, quad(r, 2 * u));
+              sums[r][p] = dot_nibbles(sums[r][p], high, quad(r, 2 * u + 1));
+            }
           }
-        }
-        for (int r = 0; r < R; r++) dots[r] = end_nibbles(dots[r], sums[r]);
+        for (int r = 0; r < R; r++)
+          for (int p = 0; p < P; p++) dots[r][p] = end_nibbles(dots[r][p], sums[r][p]);
       } else {
 #pragma GCC unroll 4
         for (i64 u = first_unit; u < first_unit + n; u++) {
-          const Quads v = load_quads(values + 64 * u);
-          for (int r = 0; r < R; r++) dots[r] = dot_bytes(dots[r], v, quad(r, u));
+          Quads v[P];
+          for (int p = 0; p < P; p++) v[p] = load_quads(values + p * layout.size + 64 * u);
+          for (int r = 0; r < R; r++) {
+            const auto q = quad(r, u);
+            for (int p = 0; p < P; p++) dots[r][p] = dot_bytes(dots[r][p], v[p], q);
+          }
         }
       }
     };
@@ -618,16 +631,20 @@ inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8*
       for (; u + 4 <= n_units; u += 4) units(u, 4);
       if (u < n_units) units(u, n_units - u);
     }
-    const F scales = load_scales(w, panel, g), minima = load_minima<K>(layout, panel, g);
-    for (int r = 0; r < R; r++) {
-      const i64 i = r * layout.n_groups + g;
-      total[r] = add_group<K>(scales, minima, dots[r], x_scales[i], x_sums[i], total[r]);
+    for (int p = 0; p < P; p++) {
+      const u8* at = panel + p * layout.size;
+      const F scales = load_scales(w, at, g), minima = load_minima<K>(layout, at, g);
+      for (int r = 0; r < R; r++) {
+        const i64 i = r * layout.n_groups + g;
+        total[r][p] = add_group<K>(scales, minima, dots[r][p], x_scales[i], x_sums[i], total[r][p]);
+      }
     }
   };
   const i64 whole = w.group ? w.n_in / group : 0;
   for (i64 g = 0; g < whole; g++) add(g, group / kUnit<K>, Count<U>{});
   for (i64 g = whole; g < layout.n_groups; g++) add(g, div_up(w.n_in - g * group, kUnit<K>), Count<0>{});
-  for (int r = 0; r < R; r++) finish(l, row + r, o, smaller(kPanel, end - o), total[r]);
+  for (int r = 0; r < R; r++)
+    for (i64 p = 0; p < P; p++) finish(l, row + r, o + p * kPanel, smaller(kPanel, end - o - p * kPanel), total[r][p]);
 }
 
 // Rows [first_row, first_row + n_rows) of outputs [begin, end); their quads are at `x`.
@@ -636,21 +653,29 @@ void quantized_panels(const Linear& l, i64 begin, i64 end, i64 first_row, i64 n_
   const Matrix& w = *l.w;
   const PanelLayout layout = panel_layout(w.format, w.n_in, w.group, w.symmetric);
   const i64 units = w.group / kUnit<K>;
-  constexpr i64 kRows = 4;
-  for (i64 o = begin; o < end; o += kPanel) {
+  constexpr i64 kRows = 4, kPanels = kRegisters > 8 ? 2 : 1;
+  const i64 width = n_rows > 1 ? kPanels * kPanel : kPanel;
+  for (i64 o = begin; o < end; o += width) {
     const u8* panel = w.data + o / kPanel * layout.size;
     for (i64 i = 0; i < n_rows; i += kRows)
       with_count<kRows>(smaller(kRows, n_rows - i), [&](auto count) {
         constexpr int R = decltype(count)::value;
         const i64 row = first_row + i;
         const u8* xi = x + i * x_stride;
-        // Groups of the usual sizes are unrolled for one row, and where registers are few, for nibbles always.
-        if constexpr (kRegisters >= 8 && (R == 1 || (kRegisters == 8 && kNibbles<K>))) {
-          if (units == 4) return quantized_rows<K, R, 4>(l, layout, panel, o, end, row, xi, x_stride);
-          if (units == 8) return quantized_rows<K, R, 8>(l, layout, panel, o, end, row, xi, x_stride);
-          if (units == 16) return quantized_rows<K, R, 16>(l, layout, panel, o, end, row, xi, x_stride);
-        }
-        quantized_rows<K, R, 0>(l, layout, panel, o, end, row, xi, x_stride);
+        const auto run = [&](i64 at, auto panels) {
+          constexpr int P = decltype(panels)::value;
+          const u8* from = panel + (at - o) / kPanel * layout.size;
+          // Groups of the usual sizes are unrolled, where registers are few for one row and for nibbles only.
+          if constexpr (kRegisters > 8 || (kRegisters == 8 && (R == 1 || kNibbles<K>))) {
+            if (units == 4) return quantized_rows<K, R, P, 4>(l, layout, from, at, end, row, xi, x_stride);
+            if (units == 8) return quantized_rows<K, R, P, 8>(l, layout, from, at, end, row, xi, x_stride);
+            if (units == 16) return quantized_rows<K, R, P, 16>(l, layout, from, at, end, row, xi, x_stride);
+          }
+          quantized_rows<K, R, P, 0>(l, layout, from, at, end, row, xi, x_stride);
+        };
+        if constexpr (kPanels > 1)
+          if (width > kPanel && o + width - kPanel < end) return run(o, Count<kPanels>{});
+        for (i64 at = o; at < smaller(end, o + width); at += kPanel) run(at, Count<1>{});
       });
   }
 }

@@ -13,6 +13,8 @@ namespace pronghorn {
 
 namespace {
 
+constexpr i64 kFewRows = 1;
+
 void require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(what);
 }
@@ -293,42 +295,58 @@ Program::Accesses Program::accesses(const Instruction& in) const {
   return a;
 }
 
+// A buffer is repeated if nothing but work on rows writes it, and that work then is.
+void Program::find_repeated() {
+  const auto repeatable = [](Kind k) { return k != Kind::linear && k != Kind::attend && k != Kind::keys_values; };
+  for (Buffer& b : buffers_) b.repeated = true;
+  for (const Instruction& in : instructions_)
+    if (!repeatable(in.kind))
+      for (const i64 n : accesses(in).writes)
+        if (n >= 0) buffers_[static_cast<size_t>(n)].repeated = false;
+  for (Instruction& in : instructions_) {
+    const std::vector<i64> writes = accesses(in).writes;
+    in.repeated = repeatable(in.kind) && std::all_of(writes.begin(), writes.end(),
+                                                     [&](i64 n) { return buffers_[static_cast<size_t>(n)].repeated; });
+  }
+}
+
 // A barrier stands before an instruction that needs what other threads have written since the last one, or would write
 // over what they may still read. Work on rows alone meets only its own: all such work is shared out alike.
-void Program::place_barriers() {
-  const auto by_rows = [](Kind k) { return k != Kind::linear && k != Kind::attend && k != Kind::gather; };
+void Program::place_barriers(Mode mode) {
+  const auto by_rows = [&](const Instruction& in) {
+    return in.kind != Kind::linear && in.kind != Kind::attend && in.kind != Kind::gather &&
+           !(mode == kFew && in.repeated);
+  };
   const auto meet = [](const std::vector<i64>& a, const std::vector<i64>& b) {
     return std::any_of(a.begin(), a.end(), [&](i64 n) { return std::find(b.begin(), b.end(), n) != b.end(); });
   };
+  const auto own = [&](i64 n) { return mode == kFew && n >= 0 && buffers_[static_cast<size_t>(n)].repeated; };
   size_t last = 0;  // the first instruction after the last barrier
   std::vector<Accesses> all;
   for (size_t i = 0; i < instructions_.size(); i++) {
     Instruction& in = instructions_[i];
-    all.push_back(accesses(in));
-    for (size_t j = last; j < i && !in.barrier; j++)
-      in.barrier = !(by_rows(in.kind) && by_rows(instructions_[j].kind)) &&
-                   (meet(all[j].writes, all[i].reads) || meet(all[j].writes, all[i].writes) ||
-                    meet(all[j].reads, all[i].writes));
-    if (in.barrier) last = i;
+    Accesses& now = all.emplace_back(accesses(in));
+    std::erase_if(now.reads, own), std::erase_if(now.writes, own);
+    for (size_t j = last; j < i && !in.barrier[mode]; j++)
+      in.barrier[mode] =
+          !(by_rows(in) && by_rows(instructions_[j])) &&
+          (meet(all[j].writes, now.reads) || meet(all[j].writes, now.writes) || meet(all[j].reads, now.writes));
+    if (in.barrier[mode]) last = i;
   }
 }
 
-void Program::finish() {
-  // First fit: a buffer takes the lowest place that is free as long as it lives. That is counted in phases, from
-  // barrier to barrier: within one, threads may be at different instructions.
-  require(!finished_ && !instructions_.empty() && instructions_.back().to_logits, "a program ends with its logits");
+// First fit: a buffer takes the lowest place that is free as long as it lives. That is counted in phases, from barrier
+// to barrier: within one, threads may be at different instructions. -> the bytes of all.
+i64 Program::place_buffers(Mode mode, i64 rows) {
   struct Place {
     i64 begin, end, first, last;
   };
-  place_barriers();
   std::vector<i64> phase(instructions_.size());
-  for (size_t i = 1; i < instructions_.size(); i++) phase[i] = phase[i - 1] + instructions_[i].barrier;
+  for (size_t i = 1; i < instructions_.size(); i++) phase[i] = phase[i - 1] + instructions_[i].barrier[mode];
   std::vector<Place> places;
-  std::vector<i64> offsets(buffers_.size());
   i64 total = 0;
-  for (size_t i = 0; i < buffers_.size(); i++) {
-    const Buffer& b = buffers_[i];
-    const i64 size = round_up(b.row_bytes * round_up(max_tokens_, 16), 64);
+  for (Buffer& b : buffers_) {
+    const i64 size = round_up(b.row_bytes * rows, 64);
     const i64 first = phase[static_cast<size_t>(b.first)], last = phase[static_cast<size_t>(b.last)];
     i64 at = 0;
     for (bool moved = true; moved;) {
@@ -336,20 +354,38 @@ void Program::finish() {
       for (const Place& p : places)
         if (p.last >= first && p.first <= last && at < p.end && p.begin < at + size) at = p.end, moved = true;
     }
-    offsets[i] = at;
+    b.at[mode] = at;
     places.push_back({at, at + size, first, last});
     total = std::max(total, at + size);
   }
-  arena_ = Memory(total);
-  for (size_t i = 0; i < buffers_.size(); i++) buffers_[i].data = arena_.data() + offsets[i];
+  return total;
+}
+
+void Program::finish() {
+  require(!finished_ && !instructions_.empty() && instructions_.back().to_logits, "a program ends with its logits");
+  find_repeated();
+  place_barriers(kMany);
+  place_barriers(kFew);
+  arenas_[kMany] = Memory(place_buffers(kMany, round_up(max_tokens_, 16)));
+  // A kernel may read (and ignore) 16 rows of its input, which for few rows are past its buffer.
+  i64 widest = 0;
+  for (const Buffer& b : buffers_) widest = std::max(widest, b.row_bytes);
+  few_bytes_ = round_up(place_buffers(kFew, kFewRows) + 16 * widest, 4096);
   logits_ = Memory(max_tokens_ * vocab_size_ * 4);
   finished_ = true;
 }
 
 // ---- running -----------------------------------------------------------------------------------------------------
 
-float* Program::floats(const View& view) const {
-  return reinterpret_cast<float*>(buffers_[static_cast<size_t>(view.buffer)].data) + view.offset;
+std::uint8_t* Program::Frame::buffer(int number) const {
+  if (number < 0) return nullptr;
+  const Buffer& b = program.buffers_[static_cast<size_t>(number)];
+  const i64 own = mode == kFew && b.repeated ? thread * program.few_bytes_ : 0;
+  return program.arenas_[mode].data() + own + b.at[mode];
+}
+
+float* Program::Frame::floats(const View& view) const {
+  return reinterpret_cast<float*>(buffer(view.buffer)) + view.offset;
 }
 
 i64 Program::stride(const View& view) const { return buffers_[static_cast<size_t>(view.buffer)].row_bytes / 4; }
@@ -384,24 +420,30 @@ void Program::check(const Batch& batch, const KvCache& cache) const {
 
 const float* Program::run(const Batch& batch, const KvCache& cache, Pool& pool) {
   check(batch, cache);
+  const Mode mode = batch.n_tokens <= kFewRows ? kFew : kMany;
+  if (mode == kFew && arenas_[kFew].size() < few_bytes_ * pool.size()) arenas_[kFew] = Memory(few_bytes_ * pool.size());
   pool.run([&](int thread) {
+    const Frame frame{*this, mode, thread};
     for (const Instruction& in : instructions_) {
-      if (in.barrier) pool.barrier();
-      execute(in, batch, cache, thread, pool.size(), pool.scratch(thread));
+      if (in.barrier[mode]) pool.barrier(thread);
+      execute(in, batch, cache, frame, pool.size(), pool.scratch(thread));
     }
   });
   return reinterpret_cast<const float*>(logits_.data());
 }
 
-void Program::execute(const Instruction& in, const Batch& batch, const KvCache& cache, int thread, int size,
+void Program::execute(const Instruction& in, const Batch& batch, const KvCache& cache, const Frame& frame, int size,
                       void* scratch) const {
   const auto matrix = [&]() -> const Matrix& { return matrices_[static_cast<size_t>(in.matrix)]; };
   const auto weights = [&](int number) { return number < 0 ? nullptr : vectors_[static_cast<size_t>(number)].data; };
-  const auto buffer = [&](int number) { return number < 0 ? nullptr : buffers_[static_cast<size_t>(number)].data; };
+  const auto buffer = [&](int number) { return frame.buffer(number); };
+  const auto floats = [&](const View& view) { return frame.floats(view); };
   const View& shape = in.out.buffer >= 0 ? in.out : in.x;
   const bool of_logits = shape.buffer >= 0 && buffers_[static_cast<size_t>(shape.buffer)].logits;
   const i64 n = of_logits ? batch.n_logits : batch.n_tokens;
-  const Share rows(n, 1, thread, size);
+  const int thread = frame.thread;
+  const bool repeat = in.repeated && frame.mode == kFew;
+  const Share rows(n, 1, repeat ? 0 : thread, repeat ? 1 : size);
   const Rows all{batch.n_tokens, batch.positions, batch.sequence, batch.page_table, batch.table_width};
 
   switch (in.kind) {

@@ -91,7 +91,7 @@ class Program {
   i64 vocab_size() const { return vocab_size_; }
   i64 max_tokens() const { return max_tokens_; }
   i64 n_instructions() const { return static_cast<i64>(instructions_.size()); }
-  i64 buffer_bytes() const { return arena_.size(); }
+  i64 buffer_bytes() const { return arenas_[kMany].size(); }
 
  private:
   enum class Kind {
@@ -114,12 +114,16 @@ class Program {
     const float* data;
     i64 n;
   };
+  // How a step's work is shared out. Many rows: each thread has its own. Few: each thread computes them all into
+  // buffers of its own, which costs less than to wait for the one that does.
+  enum Mode { kMany, kFew, kModes };
   // A row of `row_bytes` for each token, or for each row of logits.
   struct Buffer {
     i64 row_bytes;
     bool logits;
     i64 first = -1, last = -1;  // the instructions that it lives through
-    std::uint8_t* data = nullptr;
+    bool repeated = false;      // for few rows each thread has one
+    i64 at[kModes] = {};        // in a mode's arena
   };
   struct Rope {
     std::vector<float> frequencies;
@@ -136,7 +140,8 @@ class Program {
     float number = 0;  // eps, or attention's scale
     i64 layer = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, window = 0, group = 0;
     bool to_logits = false;
-    bool barrier = false;  // before it: set by finish()
+    bool repeated = false;      // for few rows each thread computes them all
+    bool barrier[kModes] = {};  // before it: set by finish()
   };
   // What an instruction reads and writes: buffers, and what has numbers below zero (the logits, each layer's pages).
   struct Accesses {
@@ -151,10 +156,20 @@ class Program {
   const Vector* vector(int number, i64 n) const;
   void check(const Batch& batch, const KvCache& cache) const;
   Accesses accesses(const Instruction& instruction) const;
-  void place_barriers();
-  void execute(const Instruction& in, const Batch& batch, const KvCache& cache, int thread, int size,
+  void find_repeated();
+  void place_barriers(Mode mode);
+  i64 place_buffers(Mode mode, i64 rows);
+  // A thread's view of the buffers.
+  struct Frame {
+    const Program& program;
+    Mode mode;
+    int thread;
+
+    std::uint8_t* buffer(int number) const;
+    float* floats(const View& view) const;
+  };
+  void execute(const Instruction& in, const Batch& batch, const KvCache& cache, const Frame& frame, int size,
                void* scratch) const;
-  float* floats(const View& view) const;
   i64 stride(const View& view) const;
   static bool same(const View& a, const View& b) {
     return a.buffer == b.buffer && a.offset == b.offset && a.width == b.width;
@@ -169,7 +184,8 @@ class Program {
   std::vector<Rope> ropes_;
   std::vector<Buffer> buffers_;
   std::vector<Instruction> instructions_;
-  Memory arena_, logits_;
+  i64 few_bytes_ = 0;  // of a thread's part of the arena for few rows
+  Memory arenas_[kModes], logits_;
 };
 
 }  // namespace pronghorn

@@ -67,6 +67,7 @@ void Spin::pause() {
 
 Pool::Pool(int n) : size_(n), forks_(forks.load()) {
   if (n < 1) throw std::invalid_argument("a pool has at least one thread");
+  reached_ = std::make_unique<Count[]>(static_cast<size_t>(n));
   void* memory = mmap(nullptr, static_cast<size_t>(n * kScratch), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -120,16 +121,13 @@ void Pool::run(void (*job)(void*, int), void* context) {
   while (running_.load(std::memory_order_acquire) != 0) spin.pause();
 }
 
-void Pool::barrier() {
-  if (size_ == 1) return;
-  const std::uint32_t passed = passed_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    passed_.store(passed + 1, std::memory_order_release);
-    return;
+void Pool::barrier(int thread) {
+  const std::uint32_t now = reached_[thread].barriers.load(std::memory_order_relaxed) + 1;
+  reached_[thread].barriers.store(now, std::memory_order_release);
+  for (int other = 0; other < size_; other++) {
+    Spin spin;  // one that is already past the next barrier has been at this one
+    while (static_cast<std::int32_t>(reached_[other].barriers.load(std::memory_order_acquire) - now) < 0) spin.pause();
   }
-  Spin spin;
-  while (passed_.load(std::memory_order_acquire) == passed) spin.pause();
 }
 
 void Pool::wait_for_job(std::uint32_t seen) {

@@ -43,8 +43,8 @@ class Pool {
     run([](void* context, int thread) { (*static_cast<std::remove_reference_t<Function>*>(context))(thread); }, &f);
   }
 
-  // Within a job: returns when all threads have come here.
-  void barrier();
+  // Within a job: returns when all threads have come here. `thread` is the caller's own number.
+  void barrier(int thread);
 
   // A thread's own kScratch bytes, 64-byte aligned.
   void* scratch(int thread) const { return scratch_ + thread * kScratch; }
@@ -64,8 +64,11 @@ class Pool {
   bool stop_ = false;
   alignas(64) std::atomic<std::uint32_t> started_{0};  // jobs started so far; what workers wait for
   alignas(64) std::atomic<int> running_{0};            // workers that have not finished the job
-  alignas(64) std::atomic<int> arrived_{0};            // threads at the barrier
-  alignas(64) std::atomic<std::uint32_t> passed_{0};   // barriers passed so far
+
+  struct alignas(64) Count {
+    std::atomic<std::uint32_t> barriers{0};
+  };
+  std::unique_ptr<Count[]> reached_;  // by each thread; written by it alone, and read by the others
 };
 
 // The part of `n` items, in units of `unit`, that falls to one of `size` threads.

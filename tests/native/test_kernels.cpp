@@ -1249,9 +1249,9 @@ void test_pool(Report& report) {
         ++calls[self];
         for (int step = 0; step < kSteps; ++step) {
           written[self] = job * kSteps + step;
-          pool.barrier();
+          pool.barrier(thread);
           if (written[next] != job * kSteps + step) ++wrong;
-          pool.barrier();
+          pool.barrier(thread);
         }
       });
       report.expect(wrong == 0, [&] { return say("%d threads, job %d: %d wrong reads", n, job, wrong.load()); });
@@ -1278,7 +1278,7 @@ void test_pool(Report& report) {
       for (int i = 0; i < 50; ++i)
         shared.run([&](int thread) {
           if (thread == 0 && inside++ != 0) ++overlaps;
-          shared.barrier();
+          shared.barrier(thread);
           if (thread == 0) --inside;
         });
     });

@@ -112,7 +112,8 @@ inline float bfloat_dot(const std::uint16_t* x, const std::uint16_t* w, i64 w_st
   return sum;
 }
 
-// VDPBF16PS's: pair p goes to chain p % n_chains, its odd product first; the chains are added by lanes n_chains / 2, / 4,
+// VDPBF16PS's: pair p goes to chain p % n_chains, its odd product first; the chains are added by lanes n_chains / 2, /
+// 4,
 // ... apart. One chain in the [in, out] order, 16 in the other.
 inline float bfloat_pairs_dot(const std::uint16_t* x, const std::uint16_t* w, i64 w_stride, i64 n, i64 n_chains) {
   float chains[16] = {};
