@@ -206,7 +206,7 @@ def test_mistakes(cli: Cli, model: str, tmp_path: Path) -> None:
         (["generate", "a", "-m", model, "--dtype", "int3"], "dtype is 'int3'"),
         (["generate", "a", "-m", model, "--threads", "0"], "threads is 0"),
         (["generate", "a", "-m", model, "--device", "abacus"], "abacus"),
-        (["generate", "a", "-m", model, "--draft", "ngram"], "not implemented"),
+        (["generate", "a", "-m", model, "--draft", "ngram", "--no-cache"], "drafts need the cache"),
         (["generate", "a", "-m", model, "--logit-bias", "x"], "--logit-bias x"),
         (["generate", "a", "-m", model, "--logit-bias", "999=1"], "token id 999"),
         (["generate", "a", "-m", model, "--logit-bias", "5=1", "--logit-bias", "05=2"], "token 5 has one already"),

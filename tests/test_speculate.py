@@ -6,6 +6,7 @@ which the model must never read.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -18,14 +19,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import VOCABULARY, FakeRunner, all_free, fake_logits, greedy, output, prompt, run
-from tiny import STORY, save_tiny
 
 from pronghorn import LLM, ParameterError, SamplingParams
 from pronghorn.engine.engine import Engine
 from pronghorn.engine.scheduler import Request
 from pronghorn.engine.speculate import LONGEST, Costs, ModelDraft, NgramDraft, Odds, Proposal, Speculator
 from pronghorn.ops import PAGE, Batch
+from test_engine import VOCABULARY, FakeRunner, all_free, fake_logits, greedy, output, prompt, run
+from tiny import STORY, save_tiny
 
 MARK = 1000  # added to what a draft writes
 
@@ -76,13 +77,11 @@ class TargetRunner(FakeRunner):
 
 
 def engine_with(
-    kind: str, lengths: int | None, *, n_pages: int = 64, context: int = 1000, max_tokens: int = 512, right: bool = False,
-    draft_context: int = 1000, **options: Any,
+    kind: str, lengths: int | None, *, n_pages: int = 64, context: int = 1000, max_tokens: int = 512,
+    right: bool = False, draft_context: int = 1000, **options: Any,
 ) -> Engine:  # fmt: skip
     runner = TargetRunner(n_pages, max_tokens)
-    engine = Engine(
-        runner, n_pages=n_pages, context=context, vocabulary=VOCABULARY, max_tokens=max_tokens, **options
-    )
+    engine = Engine(runner, n_pages=n_pages, context=context, vocabulary=VOCABULARY, max_tokens=max_tokens, **options)
     if kind == "ngram":
         engine.speculate(NgramDraft(), lengths=lengths)
     elif kind != "none":
@@ -184,10 +183,8 @@ def test_a_right_draft_is_right_always(kind: str, temperature: float, lengths: i
 
 @pytest.mark.parametrize("kind", ["shared", "own"])
 @pytest.mark.parametrize("lengths", [1, 3, 8])
-def test_a_draft_goes_on_from_what_was_committed(
-    kind: str, lengths: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After right and wrong drafts, preemption, and hits of the prefix cache: each first draft is of the very tokens."""
+def test_a_draft_goes_on_from_what_was_committed(kind: str, lengths: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After right and wrong drafts, preemption, hits of the prefix cache: each first draft is of the very tokens."""
     engine = engine_with(kind, lengths, n_pages=8, max_tokens=60)
     first: list[tuple[int, list[int]]] = []
     propose = Speculator.propose
@@ -296,7 +293,7 @@ def test_a_cheap_and_right_draft_runs_far_ahead(monkeypatch: pytest.MonkeyPatch)
 def test_a_draft_that_does_not_pay_is_tried_now_and_then(
     draft: float, row: float, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is as slow as the model; or rows are dear; or it is wrong too often: some tokens in a thousand, and never 0."""
+    """It is as slow as the model; or rows are dear; or it is wrong too often: a few of 900 tokens, and never none."""
     fixed_costs(monkeypatch, 1.0, draft, row)
     engine = engine_with("shared", None, right=right)
     speculator = drafted_by(engine, 900)
@@ -353,10 +350,8 @@ def test_a_fault_in_a_step_leaves_the_engine_whole(kind: str) -> None:
             raise KeyboardInterrupt
 
         runner.run = interrupt  # type: ignore[method-assign]
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             engine.step()
-        except KeyboardInterrupt:
-            pass
         runner.run = original  # type: ignore[method-assign]
         engine.step()
         if request.finish_reason:

@@ -51,6 +51,9 @@ class LLM:
     `kv_memory`: bytes for keys and values; None is room for one sequence of full length, and for more in a part of
     the free memory; none of it is touched before it is used. `use_cache=False` computes all from the beginning for
     every token, and `prefix_cache=False` never reuses what another prompt has computed: neither changes a token.
+    `draft` has tokens proposed, of which the model verifies several at once, and changes no token either: "ngram"
+    looks up what followed before, "self-int4" and "self-int8" are the model's own quantized copy, all else names
+    another model of the same vocabulary. How many are proposed follows from what it gains, which may be nothing.
 
     Generations may overlap, in one thread or in several: they share steps, and no token depends on the company.
 
@@ -306,9 +309,7 @@ class DraftModel:
     The own one works on the LLM's keys and values, where both are native programs; else it has its own.
     """
 
-    def __init__(
-        self, name: str, llm: LLM, tensors: Mapping[str, Tensor], device: str, threads: int | None
-    ) -> None:
+    def __init__(self, name: str, llm: LLM, tensors: Mapping[str, Tensor], device: str, threads: int | None) -> None:
         from pronghorn.weights.quantize import prepare
 
         own = name in ("self-int4", "self-int8")
@@ -364,7 +365,9 @@ def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM) 
     for index in range(max(ours.vocab_size, its.vocab_size)):
         tokens = [t.id_to_token(index) if index < t.vocab_size else None for t in (its, ours)]
         if tokens[0] != tokens[1]:
-            raise ParameterError(f"draft is {name!r}: its token {index} is {tokens[0]!r}, and the model's {tokens[1]!r}")
+            raise ParameterError(
+                f"draft is {name!r}: its token {index} is {tokens[0]!r}, and the model's {tokens[1]!r}"
+            )
 
 
 T = TypeVar("T")

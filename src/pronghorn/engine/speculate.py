@@ -1,9 +1,9 @@
 """Speculation: a draft proposes tokens, and the model verifies them all in one pass. None of its tokens changes.
 
-Leviathan et al. 2023 (arXiv:2211.17192), Chen et al. 2023 (arXiv:2302.01318). Here a token is a function of logits, seed
-and position (see engine.sampling), so that a draft is right exactly when it is the model's own choice, sampled or not;
-and the draft, which chooses with the same noise and filters, is right often. How many tokens are drafted follows from
-what they cost and how often they were right, both as measured: time may decide that, and never a token.
+Leviathan et al. 2023 (arXiv:2211.17192), Chen et al. 2023 (arXiv:2302.01318). Here a token is a function of logits,
+seed and position (see engine.sampling), so that a draft is right exactly when it is the model's own choice, sampled or
+not; and the draft, which chooses with the same noise and filters, is right often. How many tokens are drafted follows
+from what they cost and how often they were right, both as measured: time may decide that, and never a token.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class NgramDraft:
 
     SHORTEST = 2
     LENGTHS = (16, 8, 4)  # that are looked for, before the shortest
-    RATES = (0.3, 0.45, 0.55, 0.6, 0.65, 0.65, 0.7, 0.7, 0.75, 0.75, 0.75, 0.8, 0.8, 0.8, 0.8)  # 2, 3, ... or more
+    RATES: tuple[float, ...] = (0.3, 0.45, 0.55, 0.6, 0.65, 0.65, 0.7, 0.7, 0.75, 0.75, 0.75, 0.8, 0.8, 0.8, 0.8)
 
     def propose(self, requests: Sequence[Request], plan: Plan) -> list[Proposal]:
         """See Draft. Proposals cost nothing; rows do, so the likeliest ones are kept as long as they pay."""
@@ -298,7 +298,7 @@ class ModelDraft:
     its own with as many pages, and follows the requests there. `cost` is its pass against the model's, at first.
     """
 
-    RATES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
+    RATES: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
     EDGES = (-0.03, -0.1, -0.22, -0.43, -0.7, -1.05, -1.6)  # between classes: logarithms of the token's probability
 
     def __init__(

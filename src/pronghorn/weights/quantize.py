@@ -59,7 +59,7 @@ QUANTIZED = {"int8": Target("int8", 64), "int4": Target("int4", 32)}
 """What `--dtype int8` and `int4` make of other weights."""
 
 DRAFTS = {"self-int8": (Target("int8", 64), Target("int8", 64)), "self-int4": (Target("int4", 32), Target("int4", 64))}
-"""What a draft's copy makes of a model's weights; of those that have 4 bits in the file (not the same numbers again)."""
+"""What a draft's copy makes of a weight; the second of one that has 4 bits in the file, so as not to be the same."""
 
 DRAFT_HEAD = Target("int8", 64)
 """Of a draft's head, where 4 bits cost more right drafts than all other weights together."""
