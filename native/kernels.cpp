@@ -54,6 +54,16 @@ inline void with_count(i64 n, const Function& f) {
   f(Count<Max>{});
 }
 
+// What is fetched while other work is done: `share` bytes for each part of that work.
+struct Ahead {
+  const u8* from;
+  i64 share;
+
+  void fetch(i64 part) const {
+    for (i64 i = 0; i < share; i += 64) prefetch(from + part * share + i);
+  }
+};
+
 // ---- activations -------------------------------------------------------------------------------------------------
 
 inline F activate(Activation activation, F x) {
@@ -115,6 +125,7 @@ struct F32 {
   }
   template <int P>
   static void in_order(F[P]) {}
+  static void fetch(const Element* p, i64, i64 line) { prefetch(p + line * 16); }
 };
 
 struct F16 : F32 {
@@ -129,6 +140,7 @@ struct F16 : F32 {
   static void unit_first(const Element* p, i64, i64, i64 n, V out[P]) {
     for (i64 v = 0; v < P; v++) out[v] = load_f16_first(p + v * kLanes, within(n - v * kLanes, kLanes));
   }
+  static void fetch(const Element* p, i64, i64 line) { prefetch(p + line * 32); }
 };
 
 #if PRONGHORN_ISA_avx512bf16
@@ -173,23 +185,21 @@ struct Bf16 {
   static void in_order(F sums[P]) {
     for (int v = 0; v < P; v += 2) unzip_quads(sums[v], sums[v + 1]);
   }
+  static void fetch(const Element* p, i64 n_out, i64 line) { prefetch(p + line % 2 * n_out + line / 2 * 32); }
 };
 
 #endif
 
 // [out, in]: R rows times O outputs, lanes are inputs; the sums go to out[r][0..O).
 template <typename T, int R, int O>
-inline void dot_rows(const typename T::X* x, i64 x_stride, const typename T::Element* w, i64 n_in, bool first,
+inline void dot_rows(const typename T::X* x, i64 x_stride, const typename T::Element* w, i64 n_in, Ahead ahead,
                      float* out, i64 out_stride) {
   F sum[R][O];
   for (auto& row : sum)
     for (F& s : row) s = zero();
   i64 i = 0;
   for (; i + T::kStep <= n_in; i += T::kStep) {
-    if (R == 1 || first) {  // the rows after these, evenly
-      const auto* next = reinterpret_cast<const u8*>(w + O * n_in + O * i);
-      for (i64 b = 0; b < i64(O * T::kStep * sizeof(*w)); b += 64) prefetch(next + b);
-    }
+    ahead.fetch(i / T::kStep);
     typename T::V wi[O];
     for (int o = 0; o < O; o++) wi[o] = T::w(w + o * n_in + i);
     for (int r = 0; r < R; r++) {
@@ -214,11 +224,14 @@ inline void dot_rows(const typename T::X* x, i64 x_stride, const typename T::Ele
 
 template <typename T>
 void linear_out_in(const Linear& l, i64 begin, i64 end) {
-  const i64 n_in = l.w->n_in, x_stride = T::stride(l);
+  const i64 n_in = l.w->n_in, x_stride = T::stride(l), row_bytes = n_in * i64(sizeof(typename T::Element));
   const auto* w = reinterpret_cast<const typename T::Element*>(l.w->data);
-  constexpr i64 kRows = 4, kBlock = 64;  // a block of outputs stays in the second cache while all rows pass
-  for (i64 block = begin; block < end; block += kBlock) {
-    const i64 block_end = smaller(end, block + kBlock);
+  // A block of outputs stays in the second cache while all rows pass, and the next one comes.
+  constexpr i64 kRows = 4;
+  const i64 most = larger(1, smaller(4, (256 << 10) / row_bytes / kPanel)) * kPanel;
+  const i64 passes = div_up(l.n_rows, kRows);
+  for (i64 block = begin; block < end; block += most) {
+    const i64 block_end = smaller(end, block + most);
     for (i64 row = 0; row < l.n_rows; row += kRows) {
       const i64 rows = smaller(kRows, l.n_rows - row);
       const auto* x = T::input(l) + row * x_stride;
@@ -228,10 +241,16 @@ void linear_out_in(const Linear& l, i64 begin, i64 end) {
         with_count<kRows>(rows, [&](auto count) {
           // As many sums as the registers hold beside what goes into them.
           constexpr int R = decltype(count)::value, O = kRegisters > 8 ? (R == 1 ? 8 : 4) : R == 1 ? 4 : R == 4 ? 1 : 2;
+          const auto dots = [&](i64 j, auto outputs) {
+            constexpr int N = decltype(outputs)::value;
+            const i64 done = (row / kRows * most + o - block + j) / passes;  // of the next block
+            const i64 first = passes == 1 ? o + j + N : block_end + done;
+            const Ahead ahead{l.w->data + first * row_bytes, N * T::kStep * i64(sizeof(*w)) / passes};
+            dot_rows<T, R, N>(x, x_stride, w + (o + j) * n_in, n_in, ahead, &sums[0][j], kPanel);
+          };
           i64 j = 0;
-          for (; j + O <= n; j += O)
-            dot_rows<T, R, O>(x, x_stride, w + (o + j) * n_in, n_in, row == 0, &sums[0][j], kPanel);
-          for (; j < n; j++) dot_rows<T, R, 1>(x, x_stride, w + (o + j) * n_in, n_in, row == 0, &sums[0][j], kPanel);
+          for (; j + O <= n; j += O) dots(j, Count<O>{});
+          for (; j < n; j++) dots(j, Count<1>{});
         });
         for (i64 r = 0; r < rows; r++) finish(l, row + r, o, n, load_first(sums[r], n));
       }
@@ -308,6 +327,7 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
   using V = typename T::V;
   constexpr int P = kRegisters > 8 ? 4 : 1;
   constexpr i64 kRows = 6, kUnits = 2048, kMany = 512, kWidth = P * kLanes;
+  constexpr i64 kLines = kWidth * T::kUnit * i64(sizeof(typename T::Element)) / 64;  // in a unit
   static_assert((kUnits + kMany) * kWidth * 4 <= kScratch);
   const i64 n_out = l.w->n_out, x_stride = T::stride(l), n_units = div_up(l.w->n_in, T::kUnit);
   const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
@@ -328,14 +348,18 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
             T::template unit_first<P>(weights + i * n_out + o, n_out, l.w->n_in - i, n, out);
           for (int v = 0; v < P; v++) T::keep(strip + (u * P + v) * kPanel * 4, out[v]);
         }
+        const i64 lines = div_up(kLines, div_up(n_rows, kRows));  // of the next strip, fetched with each unit
         for (i64 row = 0; row < n_rows; row += kRows) {
           const auto* x = T::input(l) + (first_row + row) * x_stride + first * T::kUnit;
+          const auto* next = weights + first * T::kUnit * n_out + o + kWidth;
+          const i64 from = row / kRows * lines, to = smaller(from + lines, kLines);
+          const auto stored = [&](i64 u, V out[P]) {
+            for (int v = 0; v < P; v++) out[v] = T::stored(strip + (u * P + v) * kPanel * 4);
+            for (i64 line = from; line < to; line++) T::fetch(next + u * T::kUnit * n_out, n_out, line);
+          };
           with_count<kRows>(smaller(kRows, n_rows - row), [&](auto count) {
-            add_units<T, decltype(count)::value, P>(x, x_stride, units, sums + row * kWidth, kWidth, first == 0,
-                                                    [&](i64 u, V out[P]) {
-                                                      for (int v = 0; v < P; v++)
-                                                        out[v] = T::stored(strip + (u * P + v) * kPanel * 4);
-                                                    });
+            constexpr int R = decltype(count)::value;
+            add_units<T, R, P>(x, x_stride, units, sums + row * kWidth, kWidth, first == 0, stored);
           });
         }
       }
@@ -566,9 +590,9 @@ constexpr i64 kQuadSize = kWidens<K> ? sizeof(ByteQuad) : sizeof(i32);
 // P panels for R rows, whose quads are at `x`, `x_stride` bytes apart. Groups of U units are unrolled (0: of any size).
 template <Kind K, int R, int P, int U>
 inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8* panel, i64 o, i64 end, i64 row,
-                           const u8* x, i64 x_stride) {
+                           const u8* x, i64 x_stride, Ahead ahead) {
   const Matrix& w = *l.w;
-  const i64 group = w.group ? w.group : round_up(w.n_in, 4), share = layout.size / layout.n_groups * P;
+  const i64 group = w.group ? w.group : round_up(w.n_in, 4);
   const float* x_scales = l.in.scales + row * layout.n_groups;
   const i32* x_sums = l.in.sums + row * layout.n_groups;
   F total[R][P];
@@ -578,10 +602,7 @@ inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8*
     constexpr int N = decltype(unrolled)::value;
     const u8* values = panel + layout.values + g * (group / kUnit<K>)*64;
     const u8* xg = x + g * (group / 4) * kQuadSize<K>;
-    if (R == 1 || row == 0) {  // scales and values alike, evenly
-      const u8* ahead = panel + (kNibbles<K> || kRegisters == 8 ? 2 : 1) * kAhead + g * share;
-      for (i64 i = 0; i < share; i += 64) prefetch(ahead + i);
-    }
+    ahead.fetch(g);
     I dots[R][P];
     for (int r = 0; r < R; r++)
       for (int p = 0; p < P; p++) dots[r][p] = start_of<K>(x_sums[r * layout.n_groups + g]);
@@ -654,7 +675,7 @@ void quantized_panels(const Linear& l, i64 begin, i64 end, i64 first_row, i64 n_
   const PanelLayout layout = panel_layout(w.format, w.n_in, w.group, w.symmetric);
   const i64 units = w.group / kUnit<K>;
   constexpr i64 kRows = 4, kPanels = kRegisters > 8 ? 2 : 1;
-  const i64 width = n_rows > 1 ? kPanels * kPanel : kPanel;
+  const i64 width = n_rows > 1 ? kPanels * kPanel : kPanel, passes = div_up(n_rows, kRows);
   for (i64 o = begin; o < end; o += width) {
     const u8* panel = w.data + o / kPanel * layout.size;
     for (i64 i = 0; i < n_rows; i += kRows)
@@ -665,13 +686,18 @@ void quantized_panels(const Linear& l, i64 begin, i64 end, i64 first_row, i64 n_
         const auto run = [&](i64 at, auto panels) {
           constexpr int P = decltype(panels)::value;
           const u8* from = panel + (at - o) / kPanel * layout.size;
+          // For one pass evenly what is some way ahead; for several, each a part of the panels after these.
+          const i64 bytes = P * layout.size / passes;
+          const u8* next = passes == 1 ? from + (kNibbles<K> || kRegisters == 8 ? 2 : 1) * kAhead
+                                       : from + P * layout.size + i / kRows * bytes;
+          const Ahead ahead{next, bytes / layout.n_groups};
           // Groups of the usual sizes are unrolled, where registers are few for one row and for nibbles only.
           if constexpr (kRegisters > 8 || (kRegisters == 8 && (R == 1 || kNibbles<K>))) {
-            if (units == 4) return quantized_rows<K, R, P, 4>(l, layout, from, at, end, row, xi, x_stride);
-            if (units == 8) return quantized_rows<K, R, P, 8>(l, layout, from, at, end, row, xi, x_stride);
-            if (units == 16) return quantized_rows<K, R, P, 16>(l, layout, from, at, end, row, xi, x_stride);
+            if (units == 4) return quantized_rows<K, R, P, 4>(l, layout, from, at, end, row, xi, x_stride, ahead);
+            if (units == 8) return quantized_rows<K, R, P, 8>(l, layout, from, at, end, row, xi, x_stride, ahead);
+            if (units == 16) return quantized_rows<K, R, P, 16>(l, layout, from, at, end, row, xi, x_stride, ahead);
           }
-          quantized_rows<K, R, P, 0>(l, layout, from, at, end, row, xi, x_stride);
+          quantized_rows<K, R, P, 0>(l, layout, from, at, end, row, xi, x_stride, ahead);
         };
         if constexpr (kPanels > 1)
           if (width > kPanel && o + width - kPanel < end) return run(o, Count<kPanels>{});
