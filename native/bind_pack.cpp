@@ -1,6 +1,7 @@
-// Packing, and the checksum of what was packed, in Python.
+// Packing, and the reading of what was packed, in Python.
 #include <nanobind/stl/string.h>
 
+#include "ahead.h"
 #include "bindings.h"
 #include "pack.h"
 #include "program.h"
@@ -15,6 +16,22 @@ Source source_of(const Bytes& bytes, const std::string& dtype, i64 n_out, i64 n_
     throw std::invalid_argument("its data is not as long as its shape asks for");
   return source;
 }
+
+// Bytes that are being read, held until that has ended.
+class HeldAhead {
+ public:
+  HeldAhead(nb::handle data, bool sums, int threads)
+      : bytes_(data), ahead_(bytes_.data<const std::uint8_t>(), bytes_.size(), sums, threads) {}
+
+  std::uint64_t finish() {
+    const nb::gil_scoped_release release;
+    return ahead_.finish();
+  }
+
+ private:
+  Bytes bytes_;
+  ReadAhead ahead_;
+};
 
 }  // namespace
 
@@ -47,12 +64,22 @@ void bind_pack(nb::module_& m) {
       nb::arg("destination"), nb::arg("format"), nb::arg("group"), nb::arg("symmetric"), nb::arg("pool"));
   m.def(
       "checksum",
-      [](nb::handle data, Pool& pool) {
+      [](nb::handle data) {
+        const Bytes bytes(data);
+        return checksum(bytes.data<const std::uint8_t>(), bytes.size());
+      },
+      nb::arg("data"));
+  m.def(
+      "crc32c",
+      [](nb::handle data) {
         const Bytes bytes(data);
         const nb::gil_scoped_release release;
-        return checksum(bytes.data<const std::uint8_t>(), bytes.size(), pool);
+        return crc32c(bytes.data<const std::uint8_t>(), bytes.size());
       },
-      nb::arg("data"), nb::arg("pool"));
+      nb::arg("data"));
+  nb::class_<HeldAhead>(m, "ReadAhead")
+      .def(nb::init<nb::handle, bool, int>(), nb::arg("data"), nb::arg("sums"), nb::arg("threads"))
+      .def("finish", &HeldAhead::finish);
 }
 
 }  // namespace pronghorn

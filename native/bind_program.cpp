@@ -4,6 +4,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 
@@ -94,10 +95,12 @@ void bind_program(nb::module_& m) {
   nb::class_<KvCache>(m, "KvCache")
       .def("__init__",
            [](KvCache* self, i64 n_layers, i64 n_pages, i64 n_kv_heads, i64 head_dim, const std::string& format) {
-             if (format != "f32" && format != "bf16") throw std::invalid_argument("no such KV format: " + format);
-             new (self)
-                 KvCache(n_layers, n_pages, n_kv_heads, head_dim, format == "f32" ? KvFormat::f32 : KvFormat::bf16);
+             const char* names[] = {"f32", "bf16", "int8"};
+             const auto* name = std::find(names, names + 3, format);
+             if (name == names + 3) throw std::invalid_argument("no such KV format: " + format);
+             new (self) KvCache(n_layers, n_pages, n_kv_heads, head_dim, static_cast<KvFormat>(name - names));
            })
+      .def("copy_page", &KvCache::copy_page, nb::arg("source"), nb::arg("target"))
       .def_prop_ro("nbytes", &KvCache::bytes);
 
   nb::class_<View>(m, "View")

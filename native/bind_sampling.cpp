@@ -1,12 +1,17 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
+
 #include "bindings.h"
 #include "sampling.h"
 
 namespace pronghorn {
 
 namespace {
+
+// The interpreter lock is kept: a request's choice takes less time than it would take the engine's thread to get the
+// lock back from busy ones (measured: bench/company.py).
 
 // One row of a buffer of float32 [rows, vocabulary].
 const float* row_of(const Bytes& logits, i64 row, i64 vocabulary) {
@@ -15,18 +20,21 @@ const float* row_of(const Bytes& logits, i64 row, i64 vocabulary) {
   return logits.data<const float>() + row * vocabulary;
 }
 
-i64 choose_row(const Sampling& sampling, nb::handle logits, i64 row, i64 vocabulary, nb::handle history, i64 n_prompt) {
+i64 choose_row(const Sampling& sampling, nb::handle logits, i64 row, i64 vocabulary, nb::handle history, i64 n_prompt,
+               nb::handle mask) {
   const Bytes values(logits), ids(history);
+  std::optional<Bytes> bits;
+  if (!mask.is_none()) bits.emplace(mask);
+  if (bits && bits->size<std::uint32_t>() < 1) throw std::out_of_range("the mask is empty");
+  const Allowed allowed = bits ? Allowed{bits->data<const std::uint32_t>(), bits->size<std::uint32_t>()} : Allowed{};
   const float* x = row_of(values, row, vocabulary);
-  const nb::gil_scoped_release release;
-  return choose(sampling, x, vocabulary, {ids.data<const std::int32_t>(), n_prompt, ids.size<std::int32_t>()});
+  return choose(sampling, x, vocabulary, {ids.data<const std::int32_t>(), n_prompt, ids.size<std::int32_t>()}, allowed);
 }
 
 std::vector<std::pair<i64, double>> log_probabilities_of_row(nb::handle logits, i64 row, i64 vocabulary, i64 chosen,
                                                              i64 n_top) {
   const Bytes values(logits);
   const float* x = row_of(values, row, vocabulary);
-  const nb::gil_scoped_release release;
   return log_probabilities(x, vocabulary, chosen, n_top);
 }
 
@@ -56,7 +64,7 @@ void bind_sampling(nb::module_& m) {
           nb::arg("repetition_penalty"), nb::arg("presence_penalty"), nb::arg("frequency_penalty"), nb::arg("seed"),
           nb::arg("logit_bias"), nb::arg("withheld"), nb::arg("min_tokens"))
       .def("choose", &choose_row, nb::arg("logits"), nb::arg("row"), nb::arg("vocabulary"), nb::arg("history"),
-           nb::arg("n_prompt"));
+           nb::arg("n_prompt"), nb::arg("allowed").none() = nb::none());
   m.def("log_probabilities", &log_probabilities_of_row, nb::arg("logits"), nb::arg("row"), nb::arg("vocabulary"),
         nb::arg("chosen"), nb::arg("n_top"));
   m.def(

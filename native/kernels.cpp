@@ -979,173 +979,556 @@ void add(const float* x, i64 x_stride, const float* z, i64 z_stride, i64 width, 
 
 void rotate(const Rotation& rotation, float* x, i64 x_stride, i64 n_heads, i64 head_dim, i64 begin, i64 end) {
   const i64 n = rotation.n_pairs;
-  const i64 step = rotation.interleaved ? 2 : 1, other = rotation.interleaved ? 1 : n;
   for (i64 row = begin; row < end; row++) {
     const float *cos = rotation.cos + row * n, *sin = rotation.sin + row * n;
     for (i64 h = 0; h < n_heads; h++) {
       float* head = x + row * x_stride + h * head_dim;
-      for (i64 i = 0; i < n; i++) {
-        float &a = head[i * step], &b = head[i * step + other];
-        const float a0 = a, b0 = b;
-        a = a0 * cos[i] - b0 * sin[i];
-        b = b0 * cos[i] + a0 * sin[i];
+      if (rotation.interleaved) {
+        for (i64 i = 0; i < n; i++) {
+          const float a = head[2 * i], b = head[2 * i + 1];
+          head[2 * i] = a * cos[i] - b * sin[i];
+          head[2 * i + 1] = b * cos[i] + a * sin[i];
+        }
+      } else {
+        for (i64 i = 0; i < n; i += kLanes) {
+          const i64 lanes = smaller(kLanes, n - i);
+          const F a = load_first(head + i, lanes), b = load_first(head + n + i, lanes);
+          const F c = load_first(cos + i, lanes), s = load_first(sin + i, lanes);
+          store_first(head + i, a * c - b * s, lanes);
+          store_first(head + n + i, b * c + a * s, lanes);
+        }
       }
     }
   }
 }
 
-inline i64 page_of(const Rows& rows, i64 row, i64 position) {
-  return rows.page_table[rows.sequence[row] * rows.table_width + position / kPage];
+inline u8* head_of(const KvLayer& kv, const KvLayout& layout, const Rows& rows, i64 row, i64 head, i64 position) {
+  const i64 page = rows.page_table[rows.sequence[row] * rows.table_width + position / kPage];
+  return kv.data + page * kv.page_stride + head * layout.size;
+}
+
+// What n values are divided by to fit into 8 bits: NaN if one is not finite, so that it does not vanish.
+struct Scale {
+  float scale, inverse;
+};
+inline Scale scale_of(const float* x, i64 n) {
+  F largest = zero(), bad = zero();
+  for (i64 i = 0; i < n; i += kLanes) {
+    const F v = load_first(x + i, smaller(kLanes, n - i));
+    largest = max(absolute(v), largest);
+    bad = fma(v, zero(), bad);
+  }
+  const float top = lanes_max(largest);
+  return {top / 127 + lanes_sum(bad), top > 1e-36f ? 127 / top : 0};  // smaller: no finite inverse
+}
+
+// Elements of one token in groups of G: element i to place i / G * stride + i % G.
+template <int G, typename Element>
+inline void scatter(const Element* x, i64 n, Element* out, i64 stride) {
+  for (i64 i = 0; i < n; i += G) std::memcpy(out + i / G * stride, x + i, G * sizeof(Element));
 }
 
 void store_kv(const KvLayer& kv, const Rows& rows, const float* k, i64 k_stride, const float* v, i64 v_stride,
               i64 begin, i64 end) {
   const i64 dim = kv.head_dim;
+  const KvLayout layout = kv_layout(kv.format, dim);
   for (i64 row = begin; row < end; row++) {
-    const i64 slot = rows.positions[row] % kPage, page = page_of(rows, row, rows.positions[row]);
+    const i64 slot = rows.positions[row] % kPage;
     for (i64 h = 0; h < kv.n_kv_heads; h++) {
-      const i64 base = (page * kv.n_kv_heads + h) * dim * kPage;
+      u8* part = head_of(kv, layout, rows, row, h, rows.positions[row]);
       const float *kh = k + row * k_stride + h * dim, *vh = v + row * v_stride + h * dim;
+      u8 *keys = part + layout.keys, *values = part + layout.values;
       if (kv.format == KvFormat::f32) {
-        for (i64 d = 0; d < dim; d++) static_cast<float*>(kv.keys)[base + d * kPage + slot] = kh[d];
-        std::memcpy(static_cast<float*>(kv.values) + base + slot * dim, vh, size_t(dim) * sizeof(float));
+        scatter<1>(kh, dim, reinterpret_cast<float*>(keys) + slot, kPage);
+        std::memcpy(values + slot * dim * 4, vh, size_t(dim) * 4);
+      } else if (kv.format == KvFormat::bf16) {
+        alignas(64) u16 rounded[kMaxHeadDim];
+        const auto round = [&](const float* x) {
+          for (i64 i = 0; i < dim; i += kLanes) {
+            const i64 n = smaller(kLanes, dim - i);
+            store_bf16_first(rounded + i, load_first(x + i, n), n);
+          }
+        };
+        round(kh);
+        if (dim % 2) rounded[dim] = 0;
+        scatter<2>(rounded, dim, reinterpret_cast<u16*>(keys) + slot * 2, kPage * 2);
+        round(vh);
+        auto* out = reinterpret_cast<u16*>(values) + slot / 2 * dim * 2 + slot % 2;
+        for (i64 d = 0; d < dim; d++) out[2 * d] = rounded[d];
       } else {
-        for (i64 d = 0; d < dim; d++) static_cast<u16*>(kv.keys)[base + d * kPage + slot] = to_bf16(kh[d]);
-        for (i64 d = 0; d < dim; d++) static_cast<u16*>(kv.values)[base + slot * dim + d] = to_bf16(vh[d]);
+        alignas(64) std::int8_t whole[kMaxHeadDim];
+        alignas(64) u8 stored[kMaxHeadDim];
+        const auto quantize = [&](const float* x) {
+          const Scale s = scale_of(x, dim);
+          for (i64 i = 0; i < dim; i += kLanes) {
+            const i64 n = smaller(kLanes, dim - i);
+            store_int8_first(whole + i, load_first(x + i, n) * set(s.inverse), n);
+          }
+          for (i64 i = 0; i < dim; i++) stored[i] = u8(whole[i]) ^ 128;
+          for (i64 i = dim; i % 4; i++) stored[i] = 128;
+          return s.scale;
+        };
+        reinterpret_cast<float*>(part + layout.key_scales)[slot] = quantize(kh);
+        scatter<4>(stored, dim, keys + slot * 4, kPage * 4);
+        reinterpret_cast<float*>(part + layout.value_scales)[slot] = quantize(vh);
+        u8* out = values + slot / 4 * dim * 4 + slot % 4;
+        for (i64 d = 0; d < dim; d++) out[4 * d] = stored[d];
       }
     }
   }
 }
 
+// Groups of elements as the cache has them, in 32 bits a lane, widened: G vectors for each of V.
 struct KvF32 {
-  using Element = float;
-  static F get(const float* p) { return load(p); }
-  static F get_first(const float* p, i64 n) { return load_first(p, n); }
+  static constexpr int kParts = 1;
+  static constexpr int kGroup = 1;
+  template <int V>
+  static void get(const u8* p, i64 n, F (&out)[1][V]) {
+    const auto* x = reinterpret_cast<const float*>(p);
+    for (int v = 0; v < V; v++) out[0][v] = V == 1 && n < kLanes ? load_first(x, n) : load(x + v * kLanes);
+  }
 };
 struct KvBf16 {
-  using Element = u16;
-  static F get(const u16* p) { return load_bf16(p); }
-  static F get_first(const u16* p, i64 n) { return load_bf16_first(p, n); }
+  static constexpr int kParts = 1;
+  static constexpr int kGroup = 2;
+  template <int V>
+  static void get(const u8* p, i64 n, F (&out)[2][V]) {
+    const auto* x = reinterpret_cast<const i32*>(p);
+    for (int v = 0; v < V; v++) {
+      const bool all = V > 1 || n == kLanes;
+      const I pairs = all ? load_int(x + v * kLanes) : as_int(load_first(reinterpret_cast<const float*>(p), n));
+      out[0][v] = even_halves(pairs);
+      out[1][v] = odd_halves(pairs);
+    }
+  }
 };
 
-// One query head of one row, as it goes through the pages.
+// 8-bit keys and values are multiplied in integers: queries and weights are rounded to 15 bits, in two parts of 8 where
+// that is what the processor multiplies. (Next to what rounding to 8 bits did, that is 128 times as fine.)
+constexpr int kWordParts = sizeof(ByteQuad) > sizeof(i32) ? 1 : 2;
+struct Words {
+  i32 sums[kWordParts];
+  float scale;
+};
+struct WordSums {
+  I parts[kWordParts];
+};
+
+// At most Width numbers into 2 * Width bytes: the high parts, then the low ones; or what a ByteQuad of 16 bits holds.
+template <i64 Width>
+inline Words split_words(const float* x, i64 n, u8* out) {
+  alignas(64) std::int8_t parts[2 * Width];
+  auto* high = kWordParts == 2 ? reinterpret_cast<std::int8_t*>(out) : parts;
+  std::int8_t* low = high + Width;
+  const Scale s = scale_of(x, n);
+  i32 high_sum = 0, low_sum = 0;
+  for (i64 i = 0; i < n; i += kLanes) {
+    const i64 lanes = smaller(kLanes, n - i);
+    const F v = load_first(x + i, lanes) * set(s.inverse), magic = set(12582912.f), whole = (v + magic) - magic;
+    high_sum += store_int8_first(high + i, whole, lanes);
+    low_sum += store_int8_first(low + i, (v - whole) * set(128), lanes);
+  }
+  for (i64 i = n; i % 4; i++) high[i] = low[i] = 0;
+  Words words;
+  words.scale = s.scale;
+  words.sums[0] = high_sum, words.sums[kWordParts - 1] = low_sum;
+  if constexpr (kWordParts == 1) {
+    words.sums[0] = high_sum * 128 + low_sum;
+    for (i64 i = 0; i < n; i += 4) {
+      const auto word = [&](i64 k) { return u32(high[i + k] * 128 + low[i + k]) & 0xffff; };
+      const u32 halves[2] = {word(0) | word(2) << 16, word(1) | word(3) << 16};
+      std::memcpy(out + 2 * i, halves, 8);
+    }
+  }
+  return words;
+}
+// What the sums start from: the stored bytes are 128 too large.
+inline WordSums start_of(const Words& words) {
+  WordSums sums;
+  for (int i = 0; i < kWordParts; i++) sums.parts[i] = set_int(-kBytesOffset * words.sums[i]);
+  return sums;
+}
+template <i64 Width>
+inline void dot_words(WordSums& sums, Quads w, const u8* words, i64 at) {
+  for (int i = 0; i < kWordParts; i++) {
+    ByteQuad quad;
+    std::memcpy(&quad, kWordParts == 1 ? words + 2 * at : words + i * Width + at, sizeof quad);
+    sums.parts[i] = dot_bytes(sums.parts[i], w, quad);
+  }
+}
+inline F value_of(const WordSums& sums) {
+  const F low = to_float(sums.parts[kWordParts - 1]) * set(1 / 128.f);
+  return kWordParts == 1 ? low : to_float(sums.parts[0]) + low;
+}
+
+struct KvInt8 {
+  static constexpr int kParts = kWordParts;
+};
+
+template <typename A, typename B>
+constexpr bool kIs = false;
+template <typename A>
+constexpr bool kIs<A, A> = true;
+
+// One query head of one row: it sees keys [begin, end), of which [lo, hi) in the block at hand.
 struct Query {
-  const float* q;
-  float* y;
-  i64 begin, end;  // the keys that it sees
-  float largest, sum;
+  float *y, *state;
+  i64 begin, end, lo, hi;
+
+  bool sees_block() const { return lo < hi; }
 };
 
-constexpr int kTile = 4;
+// How many sums the registers hold beside what goes into them, and the queries that are computed together.
+constexpr int kSums = kRegisters == 32 ? 16 : kRegisters == 8 ? 6 : 2;
+template <typename T>
+constexpr int kTogether = kRegisters == 32 ? 8 : kSums / T::kParts;
+// Vectors side by side for so many sums each.
+constexpr int vectors_for(int sums, int most) { return sums * 4 <= kSums && most == 4 ? 4 : sums * 2 <= kSums ? 2 : 1; }
 
-// One page for T queries that see the same slots [lo, hi) of it: each gets the page's (largest, sum, output), which is
-// merged into what it has. A query's result does not depend on its company.
+// A block of keys and values, and what is fetched while it is read.
+struct Block {
+  const u8* pages[kBlock / kPage];
+  const u8* ahead[2 * (kBlock / kPage)];  // for the keys of each page, then for the values; null: nothing
+  i64 from, to;                           // the slots that any of the queries sees
+  KvLayout layout;
+  i64 dim;
+};
+
+// (Inlined at once: GCC takes a function of nothing but prefetches for one without effect, and drops its calls.)
+__attribute__((always_inline)) inline void fetch(const u8* ahead, i64 at, i64 size) {
+  if (ahead)
+    for (i64 i = 0; i < size; i += 64) prefetch(ahead + at + i);
+}
+
+__attribute__((always_inline)) inline void fetch_scales(const u8* ahead) {
+  if (ahead) fetch(ahead - kPage * 4, 0, kPage * 4);  // before the keys, and before the values
+}
+
+// scores[t][slot] = q . k of N queries and a page; `q` is [dim][N].
 template <typename T, int N>
-inline void attend_page(Query* const* queries, const typename T::Element* keys, const typename T::Element* values,
-                        i64 lo, i64 hi, float scale, i64 dim) {
-  F low[N], high[N];
-  for (int t = 0; t < N; t++) low[t] = high[t] = zero();
-  for (i64 d = 0; d < dim; d++) {
-    const F k0 = T::get(keys + d * kPage), k1 = T::get(keys + d * kPage + kLanes);
-    for (int t = 0; t < N; t++) {
-      const F q = set(queries[t]->q[d]);
-      low[t] = fma(q, k0, low[t]);
-      high[t] = fma(q, k1, high[t]);
+inline void score_page(const float* q, const Block& block, i64 page, float (*scores)[kBlock]) {
+  constexpr int G = T::kGroup, V = vectors_for(N, 2);
+  const u8* keys = block.pages[page] + block.layout.keys;
+  for (i64 slot = 0; slot < kPage; slot += V * kLanes) {
+    F sum[N][V];
+    for (auto& row : sum)
+      for (F& s : row) s = zero();
+    for (i64 d = 0; d < block.dim; d += G) {
+      F k[G][V];
+      T::template get<V>(keys + (d / G * kPage + slot) * 4, kLanes, k);
+      if constexpr (N <= 4) fetch(block.ahead[page], (d / G * kPage + slot) * 4, V * 64);
+      for (int g = 0; g < G; g++)
+        for (int t = 0; t < N; t++) {
+          const F qt = set(q[(d + g) * N + t]);
+          for (int v = 0; v < V; v++) sum[t][v] = fma(qt, k[g][v], sum[t][v]);
+        }
     }
+    for (int t = 0; t < N; t++)
+      for (int v = 0; v < V; v++) store(scores[t] + page * kPage + slot + v * kLanes, sum[t][v]);
   }
-  alignas(64) float p[N][kPage];
-  float before[N], now[N];
-  constexpr float kNone = -__builtin_inff();
+}
+
+// The same in integers; `q` is [N][2 * kMaxHeadDim], as split_words has it.
+template <int N>
+inline void score_page(const u8* q, const Words* words, const Block& block, i64 page, float (*scores)[kBlock]) {
+  constexpr int V = vectors_for(N * kWordParts, 2);
+  const u8* keys = block.pages[page] + block.layout.keys;
+  const auto* scales = reinterpret_cast<const float*>(block.pages[page] + block.layout.key_scales);
+  if constexpr (N <= 4) fetch_scales(block.ahead[page]);
+  for (i64 slot = 0; slot < kPage; slot += V * kLanes) {
+    WordSums sum[N][V];
+    for (int t = 0; t < N; t++)
+      for (WordSums& s : sum[t]) s = start_of(words[t]);
+    for (i64 d = 0; d < block.dim; d += 4) {
+      if constexpr (N <= 4) fetch(block.ahead[page], (d / 4 * kPage + slot) * 2, V * 32);  // and half with the softmax
+      Quads k[V];
+      for (int v = 0; v < V; v++) k[v] = load_quads(keys + (d / 4 * kPage + slot + v * kLanes) * 4);
+      for (int t = 0; t < N; t++)
+        for (int v = 0; v < V; v++) dot_words<kMaxHeadDim>(sum[t][v], k[v], q + t * 2 * kMaxHeadDim, d);
+    }
+    for (int t = 0; t < N; t++)
+      for (int v = 0; v < V; v++) {
+        const F scale = load(scales + slot + v * kLanes) * set(words[t].scale);
+        store(scores[t] + page * kPage + slot + v * kLanes, value_of(sum[t][v]) * scale);
+      }
+  }
+}
+
+// The sums over the block's values, weighted; dimensions [d, d + V vectors), or the n from d on.
+template <typename T, int N, int V>
+inline void weigh(const Query* queries, const Block& block, i64 d, i64 n, const float (*weights)[kBlock],
+                  F (&out)[N][V]) {
+  constexpr int G = T::kGroup;
+  for (auto& row : out)
+    for (F& o : row) o = zero();
+  // Slots that all queries see go in whole groups; others only to those who see them.
+  i64 all_from = block.from, all_to = block.to;
   for (int t = 0; t < N; t++) {
-    Query& query = *queries[t];
-    low[t] = keep_range(low[t] * set(scale), smaller(lo, kLanes), smaller(hi, kLanes), kNone);
-    high[t] = keep_range(high[t] * set(scale), larger(lo - kLanes, 0), larger(hi - kLanes, 0), kNone);
-    const float top = lanes_max(max(low[t], high[t]));
-    const F shift = set(top);
-    const F p0 = exp(low[t] - shift), p1 = exp(high[t] - shift);
-    store(p[t], p0);
-    store(p[t] + kLanes, p1);
-    const float all = query.largest > top ? query.largest : top;
-    alignas(64) float factors[kLanes] = {query.largest - all, top - all};
-    store(factors, exp(load(factors)));
-    before[t] = factors[0], now[t] = factors[1];
-    query.sum = query.sum * before[t] + lanes_sum(p0 + p1) * now[t];
-    query.largest = all;
+    if (!queries[t].sees_block()) continue;
+    all_from = larger(all_from, queries[t].lo), all_to = smaller(all_to, queries[t].hi);
   }
-  for (i64 d = 0; d < dim; d += kLanes) {
-    const i64 n = smaller(kLanes, dim - d);
-    F out[N];
-    for (F& o : out) o = zero();
-    for (i64 s = lo; s < hi; s++) {
-      const F v = n == kLanes ? T::get(values + s * dim + d) : T::get_first(values + s * dim + d, n);
-      for (int t = 0; t < N; t++) out[t] = fma(set(p[t][s]), v, out[t]);
+  all_from = round_up(all_from, G), all_to = all_to / G * G;
+  if (all_to <= all_from) all_from = all_to = block.to;
+  const auto group = [&](i64 slot, F(&v)[G][V]) {
+    const i64 at = (slot % kPage / G * block.dim + d) * 4;
+    T::template get<V>(block.pages[slot / kPage] + block.layout.values + at, n, v);
+    if constexpr (N <= 4) fetch(block.ahead[kBlock / kPage + slot / kPage], at, V * 64);
+  };
+  const auto some = [&](i64 begin, i64 end) {
+    for (i64 slot = begin; slot < end; slot++) {
+      F v[G][V];
+      group(slot, v);
+      for (int t = 0; t < N; t++)
+        if (queries[t].lo <= slot && slot < queries[t].hi)
+          for (int i = 0; i < V; i++) out[t][i] = fma(set(weights[t][slot]), v[slot % G][i], out[t][i]);
     }
-    for (int t = 0; t < N; t++) {
-      float* y = queries[t]->y + d;
-      store_first(y, load_first(y, n) * set(before[t]) + out[t] * set(now[t]), n);
+  };
+  some(block.from, all_from);
+  for (i64 slot = all_from; slot < all_to; slot += G) {
+    F v[G][V];
+    group(slot, v);
+    for (int g = 0; g < G; g++)
+      for (int t = 0; t < N; t++) {
+        const F w = set(weights[t][slot + g]);
+        for (int i = 0; i < V; i++) out[t][i] = fma(w, v[g][i], out[t][i]);
+      }
+  }
+  some(all_to, block.to);
+}
+
+// The same in integers; the weights, scales of the values included, are in `parts`, as split_words has them.
+template <int N, int V>
+inline void weigh(const u8 (*parts)[2 * kBlock], const Words* words, const Block& block, i64 d, i64 n, F (&out)[N][V]) {
+  WordSums sum[N][V];
+  for (int t = 0; t < N; t++)
+    for (WordSums& s : sum[t]) s = start_of(words[t]);
+  for (i64 slot = block.from / 4 * 4; slot < block.to; slot += 4) {
+    const i64 at = (slot % kPage / 4 * block.dim + d) * 4;
+    const u8* values = block.pages[slot / kPage] + block.layout.values + at;
+    const u8* ahead = block.ahead[kBlock / kPage + slot / kPage];
+    if constexpr (N <= 4) fetch(ahead, at, V * 64);
+    if (N <= 4 && d == 0 && slot % kPage == 0) fetch_scales(ahead);
+    Quads v[V];
+    for (int i = 0; i < V; i++) v[i] = V == 1 ? load_quads_first(values, n) : load_quads(values + i * 64);
+    for (int t = 0; t < N; t++)
+      for (int i = 0; i < V; i++) dot_words<kBlock>(sum[t][i], v[i], parts[t], slot);
+  }
+  for (int t = 0; t < N; t++)
+    for (int i = 0; i < V; i++) out[t][i] = value_of(sum[t][i]) * set(words[t].scale);
+}
+
+// What a query has so far takes a block in: both are scaled to the larger maximum. The first block is taken as it is.
+struct Factors {
+  bool first;
+  float before, now;
+};
+inline Factors fold(float* state, bool first, float top, float sum) {
+  if (first) {
+    state[0] = top, state[1] = sum;
+    return {true, 0, 1};
+  }
+  const float all = state[0] > top ? state[0] : top;
+  alignas(64) float factors[kLanes] = {state[0] - all, top - all};
+  store(factors, exp(load(factors)));
+  state[0] = all, state[1] = state[1] * factors[0] + sum * factors[1];
+  return {false, factors[0], factors[1]};
+}
+inline F fold(const Factors& f, F before, F now) { return f.first ? now : before * set(f.before) + now * set(f.now); }
+
+// A block for N queries: each gets the block's largest score, the sum of the exponentials and the output, which depend
+// on nothing but the query and the keys that it sees.
+template <typename T, int N>
+void attend_block(const Attend& a, Query* queries, const void* q, const Words* q_words, Block& block, i64 number,
+                  float* partials) {
+  block.from = kBlock, block.to = 0;
+  for (int t = 0; t < N; t++) {
+    Query& query = queries[t];
+    query.lo = larger(0, query.begin - number * kBlock), query.hi = smaller(kBlock, query.end - number * kBlock);
+    if (query.sees_block()) block.from = smaller(block.from, query.lo), block.to = larger(block.to, query.hi);
+  }
+  if (block.from >= block.to) return;
+  const i64 first = block.from / kPage * kPage, last = round_up(block.to, kPage);
+  constexpr float kNone = -__builtin_inff();
+  constexpr bool integers = kIs<T, KvInt8>;
+  alignas(64) float weights[N][kBlock];
+  alignas(64) u8 parts[N][2 * kBlock];
+  Words words[N];
+  Factors factors[N];
+  float* out[N];
+  for (i64 page = first / kPage; page < last / kPage; page++)
+    if constexpr (integers)
+      score_page<N>(static_cast<const u8*>(q), q_words, block, page, weights);
+    else
+      score_page<T, N>(static_cast<const float*>(q), block, page, weights);
+  for (int t = 0; t < N; t++) {
+    Query& query = queries[t];
+    float* p = weights[t];
+    if (!query.sees_block()) {
+      std::memset(p + first, 0, size_t(last - first) * sizeof(float));
+      words[t] = {};
+      continue;
+    }
+    const auto keep = [&](F v, i64 i, float other) {
+      if (query.lo <= i && i + kLanes <= query.hi) return v;
+      return keep_range(v, smaller(larger(query.lo - i, 0), kLanes), smaller(larger(query.hi - i, 0), kLanes), other);
+    };
+    F largest = set(kNone), sum = zero();
+    for (i64 i = first; i < last; i += kLanes) {
+      const F v = keep(load(p + i) * set(a.scale), i, kNone);
+      store(p + i, v);
+      largest = max(v, largest);
+    }
+    const float top = lanes_max(largest);
+    for (i64 i = first; i < last; i += kLanes) {
+      const F v = exp(load(p + i) - set(top));
+      if constexpr (integers && N <= 4) {
+        const i64 half = block.dim * kPage / 2, at = t * kPage + i % kPage;
+        const i64 from = half + half * at / (N * kPage), to = half + half * (at + kLanes) / (N * kPage);
+        fetch(block.ahead[i / kPage], from, to - from);
+      }
+      sum = sum + v;
+      store(p + i, v);
+    }
+    if (partials) {
+      float* partial = partials + t * partial_size(block.dim);
+      factors[t] = fold(partial, true, top, lanes_sum(sum));
+      out[t] = partial + 2;
+    } else {
+      factors[t] = fold(query.state, number == query.begin / kBlock, top, lanes_sum(sum));
+      out[t] = query.y;
+    }
+    if constexpr (integers) {
+      for (i64 i = first; i < last; i += kLanes) {
+        const u8* page = block.pages[i / kPage] + block.layout.value_scales;
+        const F scale = load(reinterpret_cast<const float*>(page) + i % kPage);
+        store(p + i, keep(load(p + i) * scale, i, 0));
+      }
+      std::memset(p, 0, size_t(first) * sizeof(float));
+      words[t] = split_words<kBlock>(p, last, parts[t]);
     }
   }
+  const auto output = [&](auto vectors, i64 d, i64 n) {
+    constexpr int V = decltype(vectors)::value;
+    F sums[N][V];
+    if constexpr (integers)
+      weigh<N, V>(parts, words, block, d, n, sums);
+    else
+      weigh<T, N, V>(queries, block, d, n, weights, sums);
+    for (int t = 0; t < N; t++)
+      for (int i = 0; i < V && queries[t].sees_block(); i++) {
+        float* y = out[t] + d + i * kLanes;
+        const i64 lanes = V == 1 ? n : kLanes;
+        store_first(y, fold(factors[t], factors[t].first ? zero() : load_first(y, lanes), sums[t][i]), lanes);
+      }
+  };
+  constexpr int V = vectors_for(N * T::kParts, 4);
+  i64 d = 0;
+  for (; d + V * kLanes <= block.dim; d += V * kLanes) output(Count<V>{}, d, kLanes);
+  for (; d < block.dim; d += kLanes) output(Count<1>{}, d, smaller(kLanes, block.dim - d));
 }
 
 template <typename T>
-void attend_as(const Attend& a, i64 begin, i64 end) {
-  const i64 dim = a.kv.head_dim, repeat = a.n_heads / a.kv.n_kv_heads;
-  for (i64 item = begin; item < end;) {
-    // Consecutive rows of one sequence under one key head make a tile.
-    const i64 head = item / a.rows.n, row = item % a.rows.n;
-    const i64 limit = smaller(larger(1, kTile / repeat), smaller(end - item, a.rows.n - row));
-    i64 n_rows = 1;
-    while (n_rows < limit && a.rows.sequence[row + n_rows] == a.rows.sequence[row]) n_rows++;
-    item += n_rows;
-    for (i64 first_head = 0; first_head < repeat; first_head += kTile) {
-      const i64 n_heads = smaller(kTile, repeat - first_head), n = n_rows * n_heads;
-      Query queries[kTile];
-      i64 from = INT64_MAX, to = 0;
-      for (i64 t = 0; t < n; t++) {
-        const i64 r = row + t / n_heads, h = head * repeat + first_head + t % n_heads;
-        const i64 last = a.rows.positions[r] + 1;
-        Query& query = queries[t];
-        query = {a.q + r * a.q_stride + h * dim,
-                 a.y + r * a.y_stride + h * dim,
-                 a.window ? larger(0, last - a.window) : 0,
-                 last,
-                 -__builtin_inff(),
-                 0};
-        std::memset(query.y, 0, size_t(dim) * sizeof(float));
-        from = smaller(from, query.begin), to = larger(to, last);
+void attend_as(const Attend& a, const Piece& piece, void* scratch) {
+  constexpr i64 kMany = 64;  // queries whose packed form fits into the scratch memory
+  constexpr bool integers = kIs<T, KvInt8>;
+  const i64 dim = a.kv.head_dim, repeat = a.n_heads / a.kv.n_kv_heads, n = piece.n_rows * repeat;
+  const i64 width = round_up(dim, 4);
+  static_assert(kMany * kMaxHeadDim * 4 <= kScratch);
+  Block block;
+  block.layout = kv_layout(a.kv.format, dim), block.dim = dim;
+  const i64 distance =
+      block.layout.size < 16384 ? 4 : 2;  // pages of keys (or values) from what is read to what is fetched
+  const i64 last = a.rows.positions[piece.row + piece.n_rows - 1];
+  for (i64 first = 0; first < n; first += kMany) {
+    Query queries[kMany];
+    Words words[kMany];
+    const i64 count = smaller(kMany, n - first);
+    const i64 stride_of_q = integers ? 2 * kMaxHeadDim : width * 4;  // bytes
+    const auto packed = [&](i64 t) { return static_cast<u8*>(scratch) + t * stride_of_q; };
+    for (i64 t = 0; t < count; t++) {
+      const i64 row = piece.row + (first + t) / repeat, head = piece.head * repeat + (first + t) % repeat;
+      const i64 position = a.rows.positions[row];
+      const float* q = a.q + row * a.q_stride + head * dim;
+      queries[t] = {a.y + row * a.y_stride + head * dim,
+                    a.states + row * a.states_stride + head * 2,
+                    a.window ? larger(0, position + 1 - a.window) : 0,
+                    position + 1,
+                    0,
+                    0};
+      const i64 together = t / kTogether<T> * kTogether<T>, stride = smaller(kTogether<T>, count - together);
+      if constexpr (integers) {
+        words[t] = split_words<kMaxHeadDim>(q, dim, packed(t));
+      } else {
+        float* out = reinterpret_cast<float*>(packed(together)) + t - together;
+        for (i64 d = 0; d < dim; d++) out[d * stride] = q[d];
+        for (i64 d = dim; d % T::kGroup; d++) out[d * stride] = 0;
       }
-      for (i64 start = from / kPage * kPage; start < to; start += kPage) {
-        const i64 base = (page_of(a.rows, row, start) * a.kv.n_kv_heads + head) * dim * kPage;
-        const auto* keys = static_cast<const typename T::Element*>(a.kv.keys) + base;
-        const auto* values = static_cast<const typename T::Element*>(a.kv.values) + base;
-        for (i64 t = 0; t < n;) {
-          const auto lo = [&](i64 i) { return larger(0, queries[i].begin - start); };
-          const auto hi = [&](i64 i) { return smaller(kPage, queries[i].end - start); };
-          Query* same[kTile];
-          i64 count = 0, first_lo = lo(t), first_hi = hi(t);
-          while (t < n && lo(t) == first_lo && hi(t) == first_hi) same[count++] = &queries[t++];
-          if (first_lo >= first_hi) continue;
-          with_count<kTile>(count, [&](auto c) {
-            attend_page<T, decltype(c)::value>(same, keys, values, first_lo, first_hi, a.scale, dim);
-          });
-        }
+    }
+    for (i64 b = piece.begin; b < piece.end; b++) {
+      const u8* reads[3 * (kBlock / kPage)] = {};  // in their order
+      const i64 start = b * kBlock, n_pages = smaller(kBlock / kPage, last / kPage - start / kPage + 1);
+      for (i64 p = 0; p < n_pages; p++) {
+        const u8* page = head_of(a.kv, block.layout, a.rows, piece.row, piece.head, start + p * kPage);
+        block.pages[p] = page;
+        reads[p] = page + block.layout.keys, reads[n_pages + p] = page + block.layout.values;
       }
-      for (i64 t = 0; t < n; t++) {
-        const F inverse = set(1 / queries[t].sum);
-        for (i64 d = 0; d < dim; d += kLanes) {
-          const i64 lanes = smaller(kLanes, dim - d);
-          store_first(queries[t].y + d, load_first(queries[t].y + d, lanes) * inverse, lanes);
-        }
+      for (i64 p = 0; p < distance && b + 1 < piece.end && start + kBlock + p * kPage <= last; p++)
+        reads[2 * n_pages + p] =
+            head_of(a.kv, block.layout, a.rows, piece.row, piece.head, start + kBlock + p * kPage) + block.layout.keys;
+      for (i64 p = 0; p < n_pages; p++) {
+        block.ahead[p] = reads[p + distance];
+        block.ahead[kBlock / kPage + p] = reads[n_pages + p + distance];
       }
+      float* partials = piece.partials ? piece.partials + ((b - piece.begin) * n + first) * partial_size(dim) : nullptr;
+      for (i64 t = 0; t < count; t += kTogether<T>)
+        with_count<kTogether<T>>(smaller(kTogether<T>, count - t), [&](auto together) {
+          attend_block<T, decltype(together)::value>(a, queries + t, packed(t), words + t, block, b,
+                                                     partials ? partials + t * partial_size(dim) : nullptr);
+        });
     }
   }
 }
 
-void attend(const Attend& a, i64 begin, i64 end, void*) {
-  if (a.kv.format == KvFormat::f32)
-    attend_as<KvF32>(a, begin, end);
-  else
-    attend_as<KvBf16>(a, begin, end);
+void attend(const Attend& a, const Piece& piece, void* scratch) {
+  switch (a.kv.format) {
+    case KvFormat::f32:
+      return attend_as<KvF32>(a, piece, scratch);
+    case KvFormat::bf16:
+      return attend_as<KvBf16>(a, piece, scratch);
+    case KvFormat::int8:
+      return attend_as<KvInt8>(a, piece, scratch);
+  }
+}
+
+void merge(const Attend& a, const Piece* pieces, i64 n_pieces, float* y, i64 y_stride, i64 begin, i64 end) {
+  const i64 dim = a.kv.head_dim, repeat = a.n_heads / a.kv.n_kv_heads;
+  const auto fold_outputs = [&](const Factors& f, float* y, const float* out) {
+    for (i64 d = 0; d < dim; d += kLanes) {
+      const i64 n = smaller(kLanes, dim - d);
+      store_first(y + d, fold(f, f.first ? zero() : load_first(y + d, n), load_first(out + d, n)), n);
+    }
+  };
+  for (i64 row = begin; row < end; row++) {
+    const Blocks seen = blocks_of(a.rows.positions[row], a.window);
+    for (i64 h = 0; h < a.n_heads; h++) {
+      const float *folded = a.y + row * a.y_stride + h * dim, *sums = a.states + row * a.states_stride + h * 2;
+      float *out = y + row * y_stride + h * dim, state[2] = {sums[0], sums[1]};
+      std::memcpy(out, folded, size_t(dim) * sizeof(float));
+      for (const Piece* p = pieces; p < pieces + n_pieces; p++) {
+        if (row < p->row || row >= p->row + p->n_rows || h / repeat != p->head) continue;
+        for (i64 b = larger(p->begin, seen.begin); b < smaller(p->end, seen.end); b++) {
+          const i64 query = (b - p->begin) * p->n_rows * repeat + (row - p->row) * repeat + h % repeat;
+          const float* partial = p->partials + query * partial_size(dim);
+          fold_outputs(fold(state, b == seen.begin, partial[0], partial[1]), out, partial + 2);
+        }
+      }
+      const F inverse = set(1 / state[1]);
+      for (i64 d = 0; d < dim; d += kLanes) {
+        const i64 n = smaller(kLanes, dim - d);
+        store_first(out + d, load_first(out + d, n) * inverse, n);
+      }
+    }
+  }
 }
 
 // ---- sampling ----------------------------------------------------------------------------------------------------
@@ -1213,6 +1596,7 @@ const Kernels table = {
     rotate,
     store_kv,
     attend,
+    merge,
     arg_max,
     sum_exp,
     read,

@@ -18,6 +18,7 @@ enum class Activation : int { none, gelu, gelu_new, silu, relu };
 
 constexpr i64 kPage = 32;          // tokens in a page of the KV cache
 constexpr i64 kPanel = 16;         // outputs in a panel of a packed matrix
+constexpr i64 kMaxHeadDim = 1024;  // integer sums of int8 keys stay under 2^31
 constexpr i64 kMaxInputs = 65536;  // of a matrix: integer sums stay under 2^31
 constexpr i64 kSlack = 1024;       // readable bytes after a packed matrix: a last tile may read past its end
 
@@ -87,14 +88,27 @@ struct Linear {
   i64 y_stride;
 };
 
-enum class KvFormat : int { f32, bf16 };
+enum class KvFormat : int { f32, bf16, int8 };
 
-// The KV cache of one layer: page p holds keys [n_kv_heads][head_dim][kPage] and values [n_kv_heads][kPage][head_dim].
+// One head's part of a page of the KV cache, in bytes from its start. Elements come in groups that fill 32 bits, of
+// g = 1 (f32), 2 (bf16) or 4 (int8): keys are [head_dim / g][kPage][g], zero past head_dim, values [kPage /
+// g][head_dim][g]. int8 is stored + 128, and each token has a scale, f32 [kPage].
+struct KvLayout {
+  i64 group, key_scales, keys, value_scales, values, size;
+};
+
+static constexpr KvLayout kv_layout(KvFormat format, i64 head_dim) {
+  const i64 group = format == KvFormat::f32 ? 1 : format == KvFormat::bf16 ? 2 : 4;
+  const i64 scales = format == KvFormat::int8 ? kPage * 4 : 0, keys = div_up(head_dim, group) * kPage * 4;
+  const i64 size = round_up(2 * scales + keys + kPage / group * head_dim * 4, 64);
+  return {group, 0, scales, scales + keys, 2 * scales + keys, size};
+}
+
+// The KV cache of one layer: head h of page p is at data + p * page_stride + h * kv_layout().size.
 struct KvLayer {
-  void* keys;
-  void* values;
+  std::uint8_t* data;
   KvFormat format;
-  i64 n_kv_heads, head_dim;
+  i64 n_kv_heads, head_dim, page_stride;
 };
 
 struct Rotation {
@@ -120,10 +134,29 @@ struct Attend {
   KvLayer kv;
   i64 n_heads;
   float scale;
-  i64 window;  // 0: all
-  float* y;
+  i64 window;     // 0: all
+  float* states;  // [rows][n_heads][2]: the largest score so far, and the sum of the exponentials
+  i64 states_stride;
+  float* y;  // the output, not yet divided by the sum
   i64 y_stride;
 };
+
+// Part of a layer's attention: a tile of rows (one sequence's, at consecutive positions) under one key head, over
+// blocks [begin, end) of kBlock keys each. The part that has the tile's first block folds into y and states. What other
+// threads do is left in `partials`, for each block and query (rows, then heads): the largest, the sum, the output.
+struct Piece {
+  i64 row, n_rows, head, begin, end;
+  float* partials;  // null: y and states
+};
+constexpr i64 kBlock = 4 * kPage;  // keys that share one maximum: it is part of the numerics
+static constexpr i64 partial_size(i64 head_dim) { return head_dim + 2; }
+// The blocks of keys that a row sees: [begin, end).
+struct Blocks {
+  i64 begin, end;
+};
+static constexpr Blocks blocks_of(i64 position, i64 window) {
+  return {window && position >= window ? (position + 1 - window) / kBlock : 0, position / kBlock + 1};
+}
 
 // A thread's own memory for unpacked weights and the like; kScratch bytes, 64-byte aligned.
 constexpr i64 kScratch = 4 << 20;
@@ -156,8 +189,9 @@ struct Kernels {
   // Writes k and v of rows [begin, end) into their pages.
   void (*store_kv)(const KvLayer&, const Rows&, const float* k, i64 k_stride, const float* v, i64 v_stride, i64 begin,
                    i64 end);
-  // Items [begin, end) of rows.n * n_kv_heads, in the order row-major within a head.
-  void (*attend)(const Attend&, i64 begin, i64 end, void* scratch);
+  void (*attend)(const Attend&, const Piece&, void* scratch);
+  // y of rows [begin, end): what attend has left, with what stands in partials, over the sums.
+  void (*merge)(const Attend&, const Piece* partials, i64 n_partials, float* y, i64 y_stride, i64 begin, i64 end);
 
   // For sampling: the largest value (ties: the lowest index), and the sum of exp(x - shift) in chunks fixed by n.
   i64 (*arg_max)(const float* x, i64 n);

@@ -7,4 +7,5 @@ NB_MODULE(_native, m) {
   pronghorn::bind_pack(m);
   pronghorn::bind_gguf(m);
   pronghorn::bind_sampling(m);
+  pronghorn::bind_tokenizer(m);
 }

@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -212,36 +213,31 @@ void pack(const Source& s, const Matrix& m, std::uint8_t* data, Pool& pool) {
         "holds values that are not finite, or too large for f16 scales: it cannot be quantized");
 }
 
-std::uint64_t checksum(const std::uint8_t* data, i64 size, Pool& pool) {
-  constexpr std::uint64_t kPrime = 0x9e3779b97f4a7c15;
-  constexpr i64 kChunk = 1 << 20;
-  const auto mix = [](std::uint64_t h, std::uint64_t v) {
-    h = (h ^ v) * kPrime;
-    return h ^ h >> 29;
-  };
-  const auto of_chunk = [&](i64 begin, i64 end) {
-    std::uint64_t lanes[8] = {1, 2, 3, 4, 5, 6, 7, 8};
-    i64 i = begin;
-    for (; i + 64 <= end; i += 64)
-      for (int k = 0; k < 8; k++) {
-        std::uint64_t v;
-        std::memcpy(&v, data + i + 8 * k, 8);
-        lanes[k] = mix(lanes[k], v);
-      }
-    std::uint64_t h = static_cast<std::uint64_t>(end - begin);
-    for (const std::uint64_t lane : lanes) h = mix(h, lane);
-    for (; i < end; i++) h = mix(h, data[i]);
-    return h;
-  };
-  std::vector<std::uint64_t> chunks(static_cast<size_t>(div_up(size, kChunk)));
-  pool.run([&](int thread) {
-    const Share share(size, kChunk, thread, pool.size());
-    for (i64 at = share.begin; at < share.end; at += kChunk)
-      chunks[static_cast<size_t>(at / kChunk)] = of_chunk(at, std::min(at + kChunk, share.end));
-  });
-  std::uint64_t h = static_cast<std::uint64_t>(size);
-  for (const std::uint64_t c : chunks) h = mix(h, c);
-  return h;
+std::uint32_t crc32c(const std::uint8_t* data, i64 size) {
+  // tables[k][b]: what byte b, with k bytes of zeros behind it, adds.
+  static const auto tables = [] {
+    std::array<std::array<std::uint32_t, 256>, 8> t{};
+    for (std::uint32_t b = 0; b < 256; b++) {
+      std::uint32_t crc = b;
+      for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0u);
+      t[0][b] = crc;
+    }
+    for (size_t k = 1; k < 8; k++)
+      for (size_t b = 0; b < 256; b++) t[k][b] = t[k - 1][b] >> 8 ^ t[0][t[k - 1][b] & 255];
+    return t;
+  }();
+  std::uint32_t crc = ~0u;
+  i64 i = 0;
+  for (; i + 8 <= size; i += 8) {
+    std::uint32_t next = 0;
+    for (size_t k = 0; k < 8; k++) {
+      const std::uint32_t byte = data[i + static_cast<i64>(k)] ^ (k < 4 ? crc >> 8 * k & 255 : 0);
+      next ^= tables[7 - k][byte];
+    }
+    crc = next;
+  }
+  for (; i < size; i++) crc = crc >> 8 ^ tables[0][(crc ^ data[i]) & 255];
+  return ~crc;
 }
 
 }  // namespace pronghorn

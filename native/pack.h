@@ -29,7 +29,7 @@ bool packs_exactly(const Source& source, Format format, i64 group, bool symmetri
 // Throws std::invalid_argument naming what is wrong (values that are not finite among them).
 void pack(const Source& source, const Matrix& target, std::uint8_t* data, Pool& pool);
 
-// A 64-bit checksum of bytes: of each megabyte alone, then of these, so that threads can share the work.
-std::uint64_t checksum(const std::uint8_t* data, i64 size, Pool& pool);
+// CRC-32C (Castagnoli, RFC 3720), eight bytes at a time: what TensorFlow's checkpoints carry.
+std::uint32_t crc32c(const std::uint8_t* data, i64 size);
 
 }  // namespace pronghorn

@@ -44,15 +44,87 @@ Memory& Memory::operator=(Memory&& other) noexcept {
 KvCache::KvCache(i64 n_layers, i64 n_pages, i64 n_kv_heads, i64 head_dim, KvFormat format)
     : n_layers_(n_layers), n_pages_(n_pages), n_kv_heads_(n_kv_heads), head_dim_(head_dim), format_(format) {
   require(n_layers > 0 && n_pages > 0 && n_kv_heads > 0 && head_dim > 0, "a KV cache has at least one of everything");
-  const double elements = double(n_pages) * double(n_kv_heads) * double(head_dim) * double(kPage);
-  require(elements * double(n_layers) < 1e15, "this KV cache is larger than any memory");
-  part_ = round_up(n_pages * n_kv_heads * head_dim * kPage * (format == KvFormat::f32 ? 4 : 2), 4096);
-  memory_ = Memory(n_layers * 2 * part_);
+  require(head_dim <= kMaxHeadDim, "a head has at most 1024 dimensions");
+  const i64 page = n_layers * n_kv_heads * kv_layout(format, head_dim).size;
+  require(double(n_pages) * double(page) < 1e16, "this KV cache is larger than any memory");
+  memory_ = Memory(n_pages * page);
+  madvise(memory_.data(), static_cast<size_t>(memory_.size()), MADV_HUGEPAGE);
+}
+
+void KvCache::copy_page(i64 source, i64 target) {
+  if (source < 0 || source >= n_pages_ || target < 0 || target >= n_pages_)
+    throw std::out_of_range("a page is outside of the cache");
+  const i64 size = n_kv_heads_ * head_dim_ * kPage * (format_ == KvFormat::f32 ? 4 : 2);
+  for (i64 part = 0; part < 2 * n_layers_; part++)  // keys, and values, of each layer
+    std::memmove(memory_.data() + part * part_ + target * size, memory_.data() + part * part_ + source * size,
+                 static_cast<size_t>(size));
 }
 
 KvLayer KvCache::layer(i64 index) const {
-  std::uint8_t* keys = memory_.data() + index * 2 * part_;
-  return {keys, keys + part_, format_, n_kv_heads_, head_dim_};
+  const i64 size = n_kv_heads_ * kv_layout(format_, head_dim_).size;
+  return {memory_.data() + index * size, format_, n_kv_heads_, head_dim_, n_layers_ * size};
+}
+
+// ---- attention's shares ------------------------------------------------------------------------------------------
+
+AttendPlan::AttendPlan(const Rows& rows, i64 n_heads, i64 n_kv_heads, i64 head_dim, i64 window, int threads) {
+  struct Tile {
+    i64 row, n_rows;
+    Blocks blocks;
+    i64 before, cost;  // of the tiles before it; of each of its blocks
+  };
+  constexpr i64 kQueries = 48;  // read a block while it is in the cache
+  constexpr i64 kReading = 4;   // reading a block costs as much as so many queries
+  const i64 repeat = n_heads / n_kv_heads, most = std::max<i64>(1, kQueries / repeat);
+  std::vector<Tile> tiles;
+  i64 total = 0;  // of one head
+  for (i64 row = 0; row < rows.n;) {
+    i64 n = 1;
+    while (n < most && row + n < rows.n && rows.sequence[row + n] == rows.sequence[row] &&
+           rows.positions[row + n] == rows.positions[row] + n)
+      n++;
+    const Blocks blocks{blocks_of(rows.positions[row], window).begin,
+                        blocks_of(rows.positions[row + n - 1], window).end};
+    tiles.push_back({row, n, blocks, total, n * repeat + kReading});
+    total += (blocks.end - blocks.begin) * tiles.back().cost;
+    row += n;
+  }
+  // Where a thread's share begins: in which tile of which head, and at which block.
+  struct Place {
+    size_t tile;
+    i64 block;
+  };
+  const auto place_of = [&](int thread) -> Place {
+    const i64 at = total * n_kv_heads * thread / threads, head = at / total;
+    if (head == n_kv_heads) return {tiles.size() * static_cast<size_t>(n_kv_heads), 0};
+    const auto after = std::upper_bound(tiles.begin(), tiles.end(), at % total,
+                                        [](i64 cost, const Tile& tile) { return cost < tile.before; });
+    const size_t tile = static_cast<size_t>(after - tiles.begin()) - 1;
+    return {static_cast<size_t>(head) * tiles.size() + tile,
+            tiles[tile].blocks.begin + (at % total - tiles[tile].before) / tiles[tile].cost};
+  };
+  for (int thread = 0; thread < threads; thread++) {
+    begins_.push_back(pieces_.size());
+    const Place from = place_of(thread), to = place_of(thread + 1);
+    for (size_t i = from.tile; i <= to.tile && i < tiles.size() * static_cast<size_t>(n_kv_heads); i++) {
+      const Tile& tile = tiles[i % tiles.size()];
+      const i64 first = i == from.tile ? from.block : tile.blocks.begin,
+                last = i == to.tile ? to.block : tile.blocks.end;
+      if (first >= last) continue;
+      pieces_.push_back({tile.row, tile.n_rows, static_cast<i64>(i / tiles.size()), first, last, nullptr});
+      if (first == tile.blocks.begin) continue;
+      left_.push_back({pieces_.size() - 1, floats_});
+      floats_ += (last - first) * tile.n_rows * repeat * partial_size(head_dim);
+    }
+  }
+  begins_.push_back(pieces_.size());
+}
+
+void AttendPlan::place(float* memory) {
+  for (const auto& [piece, offset] : left_) {
+    pieces_[piece].partials = memory + offset;
+    partials_.push_back(pieces_[piece]);
+  }
 }
 
 // ---- recording ---------------------------------------------------------------------------------------------------
@@ -225,6 +297,7 @@ View Program::attention(View q, View k, View v, i64 layer, i64 n_heads, i64 n_kv
                         i64 window, int rope) {
   require(layer >= 0 && n_kv_heads > 0 && n_heads % n_kv_heads == 0 && head_dim > 0,
           "query heads are a multiple of key heads");
+  require(head_dim <= kMaxHeadDim, "a head has at most 1024 dimensions");
   require(q.width == n_heads * head_dim && k.width == n_kv_heads * head_dim && v.width == k.width,
           "q, k and v are as wide as their heads");
   Instruction in;
@@ -239,8 +312,19 @@ View Program::attention(View q, View k, View v, i64 layer, i64 n_heads, i64 n_kv
   in.kind = Kind::keys_values;
   append(in.kind, {q, k, v}, {cos, sin}) = in;
   in.out = new_view(q.width);
+  in.y = new_view(2 * n_heads), in.z = {};  // the states
   in.kind = Kind::attend;
-  append(in.kind, {q, in.out}) = in;
+  const auto same_plan = [&](size_t i) {
+    const Instruction& other = instructions_[i];
+    return other.window == window && other.n_heads == n_heads && other.n_kv_heads == n_kv_heads &&
+           other.head_dim == head_dim;
+  };
+  in.plan = static_cast<size_t>(std::find_if(planned_.begin(), planned_.end(), same_plan) - planned_.begin());
+  if (in.plan == planned_.size()) planned_.push_back(instructions_.size());
+  append(in.kind, {q, in.out, in.y}) = in;
+  in.kind = Kind::merge;
+  in.x = in.out, in.out = new_view(q.width);
+  append(in.kind, {in.x, in.y, in.out}) = in;
   return in.out;
 }
 
@@ -255,8 +339,8 @@ void Program::logits(View x, int matrix, int bias) {
 }
 
 Program::Accesses Program::accesses(const Instruction& in) const {
-  constexpr i64 kNothing = -1, kLogits = -2;
-  const i64 pages = -3 - in.layer;
+  constexpr i64 kNothing = -1, kLogits = -2, kPartials = -3;
+  const i64 pages = -4 - in.layer;
   Accesses a;
   const auto read = [&](i64 n) { a.reads.push_back(n); };
   const auto write = [&](i64 n) { a.writes.push_back(n); };
@@ -285,7 +369,10 @@ Program::Accesses Program::accesses(const Instruction& in) const {
       write(in.x.buffer), write(in.y.buffer), write(pages);
       break;
     case Kind::attend:
-      read(in.x.buffer), read(pages), write(in.out.buffer);
+      read(in.x.buffer), read(pages), write(in.out.buffer), write(in.y.buffer), write(kPartials);
+      break;
+    case Kind::merge:
+      read(in.x.buffer), read(in.y.buffer), read(kPartials), write(in.out.buffer);
       break;
     default:  // norms, gate, add, gather
       read(in.x.buffer), read(in.y.buffer), write(in.out.buffer);
@@ -422,18 +509,28 @@ const float* Program::run(const Batch& batch, const KvCache& cache, Pool& pool) 
   check(batch, cache);
   const Mode mode = batch.n_tokens <= kFewRows ? kFew : kMany;
   if (mode == kFew && arenas_[kFew].size() < few_bytes_ * pool.size()) arenas_[kFew] = Memory(few_bytes_ * pool.size());
+  const Rows rows{batch.n_tokens, batch.positions, batch.sequence, batch.page_table, batch.table_width};
+  std::vector<AttendPlan> plans;
+  for (size_t i : planned_) {
+    const Instruction& in = instructions_[i];
+    plans.emplace_back(rows, in.n_heads, in.n_kv_heads, in.head_dim, in.window, pool.size());
+  }
+  i64 floats = 0;
+  for (const AttendPlan& plan : plans) floats = std::max(floats, plan.floats());
+  if (floats * 4 > partials_.size()) partials_ = Memory(floats * 4);
+  for (AttendPlan& plan : plans) plan.place(reinterpret_cast<float*>(partials_.data()));
   pool.run([&](int thread) {
     const Frame frame{*this, mode, thread};
     for (const Instruction& in : instructions_) {
       if (in.barrier[mode]) pool.barrier(thread);
-      execute(in, batch, cache, frame, pool.size(), pool.scratch(thread));
+      execute(in, batch, cache, frame, plans, pool.size(), pool.scratch(thread));
     }
   });
   return reinterpret_cast<const float*>(logits_.data());
 }
 
-void Program::execute(const Instruction& in, const Batch& batch, const KvCache& cache, const Frame& frame, int size,
-                      void* scratch) const {
+void Program::execute(const Instruction& in, const Batch& batch, const KvCache& cache, const Frame& frame,
+                      const std::vector<AttendPlan>& plans, int size, void* scratch) const {
   const auto matrix = [&]() -> const Matrix& { return matrices_[static_cast<size_t>(in.matrix)]; };
   const auto weights = [&](int number) { return number < 0 ? nullptr : vectors_[static_cast<size_t>(number)].data; };
   const auto buffer = [&](int number) { return frame.buffer(number); };
@@ -511,10 +608,19 @@ void Program::execute(const Instruction& in, const Batch& batch, const KvCache& 
                                rows.begin, rows.end);
     }
     case Kind::attend: {
-      const Attend a{all,       floats(in.x), stride(in.x),   cache.layer(in.layer), in.n_heads,
-                     in.number, in.window,    floats(in.out), stride(in.out)};
-      const Share items(batch.n_tokens * in.n_kv_heads, 1, thread, size);
-      return kernels_.attend(a, items.begin, items.end, scratch);
+      const Attend a{all,       floats(in.x), stride(in.x), cache.layer(in.layer), in.n_heads,    in.number,
+                     in.window, floats(in.y), stride(in.y), floats(in.out),        stride(in.out)};
+      const AttendPlan& plan = plans[in.plan];
+      for (const Piece* p = plan.begin(thread); p < plan.end(thread); p++) kernels_.attend(a, *p, scratch);
+      return;
+    }
+    case Kind::merge: {
+      const std::vector<Piece>& partials = plans[in.plan].partials();
+      const Attend a{all,          nullptr,      0,           cache.layer(in.layer),
+                     in.n_heads,   in.number,    in.window,   floats(in.y),
+                     stride(in.y), floats(in.x), stride(in.x)};
+      return kernels_.merge(a, partials.data(), static_cast<i64>(partials.size()), floats(in.out), stride(in.out),
+                            rows.begin, rows.end);
     }
     case Kind::gate:
       return kernels_.gate(floats(in.x), stride(in.x), floats(in.y), stride(in.y), in.activation, in.x.width,

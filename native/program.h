@@ -35,6 +35,7 @@ class KvCache {
   KvCache(i64 n_layers, i64 n_pages, i64 n_kv_heads, i64 head_dim, KvFormat format);
 
   KvLayer layer(i64 index) const;
+  void copy_page(i64 source, i64 target);  // in all layers; std::out_of_range for one that is not there
   i64 n_layers() const { return n_layers_; }
   i64 n_pages() const { return n_pages_; }
   i64 n_kv_heads() const { return n_kv_heads_; }
@@ -42,9 +43,34 @@ class KvCache {
   i64 bytes() const { return memory_.size(); }
 
  private:
-  i64 n_layers_, n_pages_, n_kv_heads_, head_dim_, part_;
+  i64 n_layers_, n_pages_, n_kv_heads_, head_dim_;
   KvFormat format_;
-  Memory memory_;
+  Memory memory_;  // [n_pages][n_layers][n_kv_heads][kv_layout().size]
+};
+
+// What each thread does of a batch's attention: even shares of the blocks of keys that are read, in the order of heads,
+// rows and blocks. A share may begin amid a tile's blocks: then it is left in partials, for merge.
+class AttendPlan {
+ public:
+  AttendPlan(const Rows& rows, i64 n_heads, i64 n_kv_heads, i64 head_dim, i64 window, int threads);
+
+  i64 floats() const { return floats_; }  // the partials' size
+  void place(float* partials);            // where they stand; once, before anything below
+
+  const Piece* begin(int thread) const { return pieces_.data() + begins_[static_cast<size_t>(thread)]; }
+  const Piece* end(int thread) const { return begin(thread + 1); }
+  const std::vector<Piece>& partials() const { return partials_; }
+
+ private:
+  struct Left {
+    size_t piece;
+    i64 offset;
+  };
+
+  std::vector<Piece> pieces_, partials_;
+  std::vector<size_t> begins_;
+  std::vector<Left> left_;
+  i64 floats_ = 0;
 };
 
 // One step's work, flat; see ops.Batch. Everything in it is checked before it is used.
@@ -105,6 +131,7 @@ class Program {
     angles,
     keys_values,
     attend,
+    merge,
     gate,
     add,
     gather
@@ -139,6 +166,7 @@ class Program {
     Activation activation = Activation::none;
     float number = 0;  // eps, or attention's scale
     i64 layer = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, window = 0, group = 0;
+    size_t plan = 0;
     bool to_logits = false;
     bool repeated = false;      // for few rows each thread computes them all
     bool barrier[kModes] = {};  // before it: set by finish()
@@ -168,8 +196,8 @@ class Program {
     std::uint8_t* buffer(int number) const;
     float* floats(const View& view) const;
   };
-  void execute(const Instruction& in, const Batch& batch, const KvCache& cache, const Frame& frame, int size,
-               void* scratch) const;
+  void execute(const Instruction& in, const Batch& batch, const KvCache& cache, const Frame& frame,
+               const std::vector<AttendPlan>& plans, int size, void* scratch) const;
   i64 stride(const View& view) const;
   static bool same(const View& a, const View& b) {
     return a.buffer == b.buffer && a.offset == b.offset && a.width == b.width;
@@ -184,8 +212,9 @@ class Program {
   std::vector<Rope> ropes_;
   std::vector<Buffer> buffers_;
   std::vector<Instruction> instructions_;
-  i64 few_bytes_ = 0;  // of a thread's part of the arena for few rows
-  Memory arenas_[kModes], logits_;
+  std::vector<size_t> planned_;  // the instruction that each plan of a run is made for
+  i64 few_bytes_ = 0;            // of a thread's part of the arena for few rows
+  Memory arenas_[kModes], logits_, partials_;
 };
 
 }  // namespace pronghorn

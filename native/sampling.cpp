@@ -158,11 +158,12 @@ void check_id(i64 id, i64 vocabulary) {
     throw std::domain_error("token id " + std::to_string(id) + " is outside of the vocabulary");
 }
 
-// Bias and penalties, on a copy of the row.
-const float* adjusted(const Sampling& p, const float* logits, i64 n, const History& history, Scratch& scratch) {
+// Bias, penalties and what is not allowed, on a copy of the row.
+const float* adjusted(const Sampling& p, const float* logits, i64 n, const History& history, const Allowed& allowed,
+                      Scratch& scratch) {
   const bool penalties = p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
   const bool withhold = history.n - history.n_prompt < p.min_tokens && !p.withheld.empty();
-  if (p.logit_bias.empty() && !penalties && !withhold) return logits;
+  if (p.logit_bias.empty() && !penalties && !withhold && !allowed.words) return logits;
   scratch.row.assign(logits, logits + n);
   float* row = scratch.row.data();
   for (const auto& [id, bias] : p.logit_bias) check_id(id, n), row[id] += bias;
@@ -185,6 +186,9 @@ const float* adjusted(const Sampling& p, const float* logits, i64 n, const Histo
   }
   if (withhold)
     for (const std::int32_t id : p.withheld) check_id(id, n), row[id] = -kInf;
+  if (allowed.words)
+    for (i64 i = 0; i < n; ++i)
+      if (!allowed.has(i)) row[i] = -kInf;
   return row;
 }
 
@@ -196,11 +200,11 @@ void check_finite(const float* logits, i64 n) {
 
 }  // namespace
 
-i64 choose(const Sampling& p, const float* raw, i64 n, const History& history) {
+i64 choose(const Sampling& p, const float* raw, i64 n, const History& history, const Allowed& allowed) {
   thread_local Scratch scratch;
   const FloatEnvironment environment;
   check_finite(raw, n);
-  const float* logits = adjusted(p, raw, n, history, scratch);
+  const float* logits = adjusted(p, raw, n, history, allowed, scratch);
   const i64 first = arg_max(logits, n);
   if (first < 0) throw std::domain_error("the logits with their biases and penalties are not finite");
   const float top = logits[first];

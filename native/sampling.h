@@ -31,8 +31,15 @@ struct History {
   i64 n_prompt, n;
 };
 
+// A bit for each token that may be chosen, the lowest first; tokens past the end may not. No words: all may.
+struct Allowed {
+  const std::uint32_t* words = nullptr;
+  i64 n_words = 0;
+  bool has(i64 id) const { return id / 32 < n_words && (words[id / 32] >> (id % 32) & 1); }
+};
+
 // The chosen token's id. Throws std::domain_error for logits that are NaN or +inf, or all -inf (all banned).
-i64 choose(const Sampling&, const float* logits, i64 vocabulary, const History&);
+i64 choose(const Sampling&, const float* logits, i64 vocabulary, const History&, const Allowed& = {});
 
 // (id, natural logarithm of its probability) of the chosen token, then of the n_top likeliest, likeliest first.
 std::vector<std::pair<i64, double>> log_probabilities(const float* logits, i64 vocabulary, i64 chosen, i64 n_top);

@@ -81,6 +81,14 @@ inline float from_f16(u16 v) {
 namespace pronghorn {
 namespace PRONGHORN_NAMESPACE {
 
+// The first n in 0..16 quads; the others are zero.
+inline Quads load_quads_first(const u8* p, i64 n) {
+  if (n == kLanes) return load_quads(p);
+  alignas(64) u8 all[64] = {};
+  std::memcpy(all, p, size_t(n) * 4);
+  return load_quads(all);
+}
+
 #if !(PRONGHORN_ISA_avx512 || PRONGHORN_ISA_avx512bf16 || PRONGHORN_ISA_amx)
 inline void lanes_sums(const F v[4], float* out) {
   for (int i = 0; i < 4; i++) out[i] = lanes_sum(v[i]);

@@ -1,7 +1,6 @@
 #include "threads.h"
 
 #include <pthread.h>
-#include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -19,7 +18,6 @@ namespace pronghorn {
 
 namespace {
 
-// Forks that this process is away from the first one: a pool made before a fork has no threads after it.
 std::atomic<std::uint32_t> forks{0};
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
 
@@ -32,6 +30,16 @@ inline void relax() {
 }
 
 }  // namespace
+
+std::uint32_t forks_so_far() { return forks.load(std::memory_order_relaxed); }
+
+SignalsBlocked::SignalsBlocked() {
+  sigset_t all;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before_);
+}
+
+SignalsBlocked::~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
 
 int usable_processors() {
   long n = sysconf(_SC_NPROCESSORS_ONLN);
@@ -65,29 +73,24 @@ void Spin::pause() {
     std::this_thread::yield();
 }
 
-Pool::Pool(int n) : size_(n), forks_(forks.load()) {
+Pool::Pool(int n) : size_(n), forks_(forks_so_far()) {
   if (n < 1) throw std::invalid_argument("a pool has at least one thread");
   reached_ = std::make_unique<Count[]>(static_cast<size_t>(n));
   void* memory = mmap(nullptr, static_cast<size_t>(n * kScratch), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   scratch_ = static_cast<std::uint8_t*>(memory);
-  // Signals are for the program's own threads.
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
+  const SignalsBlocked blocked;
   try {
     for (int i = 1; i < n; i++) threads_.emplace_back([this, i] { work(i); });
   } catch (...) {
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
     stop();
     throw;
   }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 Pool::~Pool() {
-  if (forks.load() != forks_) {
+  if (forks_so_far() != forks_) {
     new std::vector<std::thread>(std::move(threads_));  // they never were in this process: neither joined nor detached
     return;
   }
@@ -103,7 +106,7 @@ void Pool::stop() {
 }
 
 void Pool::run(void (*job)(void*, int), void* context) {
-  if (forks.load(std::memory_order_relaxed) != forks_)
+  if (forks_so_far() != forks_)
     throw std::runtime_error("this process was forked after the model was loaded: load it in the child");
   const std::lock_guard lock(one_caller_);
   job_ = job;

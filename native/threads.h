@@ -1,6 +1,8 @@
 // A pool of threads that run one function together and meet at barriers.
 #pragma once
 
+#include <signal.h>
+
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -14,6 +16,21 @@ namespace pronghorn {
 
 // The processors that this process may use: the affinity mask, and the cgroup's quota.
 int usable_processors();
+
+// Forks that lie between this process and the first one: what was made before a fork has no threads after it.
+std::uint32_t forks_so_far();
+
+// While it lives, threads that are started take no signals: these are for the program's own threads.
+class SignalsBlocked {
+ public:
+  SignalsBlocked();
+  ~SignalsBlocked();
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+ private:
+  sigset_t before_;
+};
 
 // Waits without sleeping at first (a step's parts are microseconds apart), then lets others run.
 class Spin {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import json
 import mmap
 import subprocess
@@ -180,16 +181,98 @@ def test_peers(model: Path) -> None:
     found = script("peers.py", "-m", str(model), "--dtype", "int8", "--only", "pronghorn,llama-bench", "--rounds", "1")
     ours, theirs = found["results"]
     assert (ours["engine"], ours["dtype"], theirs["engine"]) == ("pronghorn", "int8", "llama-bench")
-    assert all(ours[name]["median"] > 0 for name in ("ttft_s", "decode_tok_s", "prompt_tok_s"))
-    assert "no path" in theirs["missing"]
+    assert all(ours[name]["median"] > 0 for name in ("ttft_s", "decode_tok_s", "prompt_tok_s", "streams_tok_s"))
+    assert "--llama-bin" in theirs["missing"]
+
+
+def module(name: str) -> Any:
+    """A script of bench/, imported."""
+    if not SCRIPTS.is_dir():
+        pytest.skip("runs without the repository's bench/")
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", SCRIPTS / f"{name}.py")
+    assert spec
+    assert spec.loader
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_peers_measure_from_when_all_have_their_first() -> None:
+    peers = module("peers")
+    steps = [[], [(0, 7)], [(0, 8), (1, 5)], [(0, 9), (1, 6)], [(1, 6)]]
+    trace = peers.traced(lambda prompts, n_new: iter(steps))([[1], [2]], 3)
+    assert trace.made == [3, 5, 6]
+    assert trace.tokens == [[7, 8, 9], [5, 6, 6]]
+    assert peers.Trace([1.0, 2.0, 4.0], trace.made, []).rate(2) == 1.0
+
+
+def test_converted_models_are_the_same(tmp_path: Path) -> None:
+    shapes, convert = module("shapes"), module("convert")
+    shapes.SHAPES["gpt2-tiny"] = shapes.gpt2(2, 64, 4) | {"vocab_size": 96, "eos_token_id": 95, "bos_token_id": 95}
+    folder = shapes.write("gpt2-tiny", tmp_path / "model")
+    ids = [(7 * i) % 96 for i in range(30)]
+    with LLM(folder) as llm:
+        expected = llm.logits(ids)
+    for dtype, tolerance in (("f32", 1e-6), ("bf16", 0.02), ("q8_0", 0.02), ("q4_1", 0.2)):
+        convert.gguf(folder, dtype, tmp_path / f"{dtype}.gguf")
+        with LLM(tmp_path / f"{dtype}.gguf") as llm:
+            assert np.abs(llm.logits(ids) - expected).max() < tolerance * np.abs(expected).max(), dtype
+
+
+FASTGPT = """#!/bin/sh
+echo "Loading the model...
+    done. Time:   0.121s, Model file version: 1
+n_tokens_to_generate =  20
+Running model...
+    done. Time:   0.500s (1.23x)"
+"""
+
+
+def test_fastgpt_is_understood(model: Path, tmp_path: Path) -> None:
+    program = tmp_path / "gpt2"
+    program.write_text(FASTGPT)
+    program.chmod(0o755)
+    options = ["--dtype", "f32", "--only", "fastgpt", "--fastgpt", str(program), "--rounds", "1"]
+    (row,) = script("peers.py", "-m", str(model), *options)["results"]
+    assert row["decode_tok_s"]["median"] == 40
+
+
+LOOPS = """
+   0: xor    %eax,%eax
+   4: vmovups (%rdi),%zmm0
+   8: vpdpbusd (%rsi),%zmm1,%zmm2
+   c: jb     8 <f+0x8>
+  10: vpdpbusd (%rsi),%zmm1,%zmm2
+  14: jne    18 <f+0x18>
+  18: vmovaps %zmm2,0x40(%rsp)
+  1c: jne    4 <f+0x4>
+  20: jmp    30 <g>
+"""
+
+
+def test_guard_finds_innermost_loops() -> None:
+    guard = module("guard")
+    (loop,) = guard.loops(LOOPS.strip("\n").splitlines())
+    assert [line.split(":")[0].strip() for line in loop] == ["8", "c"]
+
+
+def test_guard_compares() -> None:
+    compare = module("guard").compare
+    table = {"a": 1000, "b": 1000, "c": 1000, "none": 0, "gone": 5}
+    worse, better = compare(table, {"a": 1019, "b": 1021, "c": 900, "none": 1, "new": 3})
+    assert [line.split(":")[0] for line in worse] == ["b", "none", "new", "gone"]
+    assert better == ["c: 1000 -> 900 (-10.0 %)"]
+    assert "+2.1 %" in worse[0]
 
 
 def test_startup(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
-    found = script("startup.py", "-m", str(folder), "--dtype", "f32", "--rounds", "1", "--prompt", "hello")
+    found = script("startup.py", "-m", str(folder), "--dtype", "f32", "--rounds", "1", "--prompt", "hello",
+                   "--beside", "echo {prompt} {n}")  # fmt: skip
     (result,) = found["results"].values()
-    assert result["missing"] == []
-    assert set(result["whole"]) == {"1", "20"}
+    assert set(result["whole"]) == set(result["beside"]) == {"1", "20"}
+    assert result["memory_bytes"]["weights"] > 0
     parts = {name: value["median"] for name, value in result["parts_of_20_tokens"].items()}
-    for name in ("interpreter", "imports", "open_and_map", "pack_check", "tokenizer", "prompt", "tokens", "exit"):
+    for name in ("interpreter", "imports_of_cli", "imports_of_rest", "reading_begins", "reading_wait", "files",
+                 "weights", "tokenizer", "program", "prompt", "tokens", "close", "exit"):  # fmt: skip
         assert parts[name] > 0

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pronghorn import ParameterError, PromptError, PronghornError, SamplingParams
 from pronghorn.engine.engine import Engine
+from pronghorn.engine.pace import Pace
 from pronghorn.engine.pages import ROOT, PagePool
-from pronghorn.engine.scheduler import Request
+from pronghorn.engine.scheduler import Request, turn
 from pronghorn.ops import PAGE, Batch
 
 VOCABULARY = 101
@@ -49,6 +52,10 @@ class FakeRunner:
             rows.append(fake_logits(seen))
         return memoryview(np.array(rows, np.float32).reshape(len(rows), VOCABULARY))
 
+    def copy_page(self, source: int, target: int) -> None:
+        """See ops.Runner."""
+        self.pages[target] = list(self.pages[source])
+
 
 def fake_logits(token_ids: list[int]) -> np.ndarray:
     assert min(token_ids) >= 0, "a slot is read that was never written"
@@ -57,7 +64,8 @@ def fake_logits(token_ids: list[int]) -> np.ndarray:
 
 def engine_of(n_pages: int = 64, context: int = 1000, max_tokens: int = 512, **options: Any) -> Engine:
     runner = FakeRunner(n_pages, max_tokens)
-    return Engine(runner, n_pages=n_pages, context=context, vocabulary=VOCABULARY, max_tokens=max_tokens, **options)
+    options = {"context": context, "vocabulary": VOCABULARY, "max_tokens": max_tokens, "clock": lambda: 0.0, **options}
+    return Engine(runner, n_pages=n_pages, **options)
 
 
 def run(engine: Engine, requests: list[Request], arrivals: list[int] | None = None) -> None:
@@ -388,3 +396,305 @@ def test_pool_under_random_use() -> None:
             sequences.append((ids, pages))
         held = {page for _, pages in sequences for page in pages}
         assert pool.n_free == 6 - len(held)
+
+
+# ---- samples of one prompt, log-probabilities of the prompt, deadlines, priorities ---------------------------------
+
+
+def samples_of(ids: list[int], n: int, **values: Any) -> list[Request]:
+    params = SamplingParams(**{"temperature": 1.0, "seed": 5, "max_tokens": 20, "n": n, **values})
+    first = Request(ids, params)
+    return [first, *(Request(ids, params, first=first, index=i) for i in range(1, n))]
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 64, 65, 100])
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"use_cache": False}, {"n_pages": 11}])
+def test_samples_share_the_prompt(length: int, options: dict[str, Any]) -> None:
+    """Each is what its seed gives alone; the prompt is computed once, and its pages are held once."""
+    ids = prompt(length)
+    alone = []
+    for i in range(5):
+        request = Request(ids, SamplingParams(temperature=1.0, seed=5 + i, max_tokens=20))
+        run(engine_of(), [request])
+        alone.append(output(request))
+    engine = engine_of(**{"n_pages": 64, "context": 130, **options})
+    requests = samples_of(ids, 5)
+    for request in requests:
+        engine.add(request)
+    most = 0
+    while not all(request.finish_reason for request in requests):
+        engine.step()
+        most = max(most, engine.stats().held_pages)
+    assert [output(request) for request in requests] == alone
+    assert [request.seed for request in requests] == [5, 6, 7, 8, 9]
+    assert all_free(engine)
+    if "use_cache" not in options and "n_pages" not in options:
+        computed = sum(len(batch.token_ids) for batch in engine.runner.batches)  # type: ignore[attr-defined]
+        assert computed == length + 4 * (length > 1) + 4 * (length == 1) + 5 * 19
+        assert most <= (length - 1) // PAGE + 5 * 2
+
+
+def test_samples_whose_first_is_gone() -> None:
+    """It is cancelled amid its prompt, and the others make do."""
+    engine = engine_of(max_tokens=16)
+    requests = samples_of(prompt(100), 3)
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    engine.finish(requests[0], "cancelled")
+    run(engine, [])
+    while not all(request.finish_reason for request in requests):
+        engine.step()
+    alone = Request(prompt(100), SamplingParams(temperature=1.0, seed=7, max_tokens=20))
+    run(engine_of(), [alone])
+    assert output(requests[2]) == output(alone)
+    assert all_free(engine)
+
+
+def exact_logprobs(ids: list[int]) -> list[float]:
+    found = []
+    for i in range(1, len(ids)):
+        row = fake_logits(ids[:i]).astype(np.float64)
+        found.append(float(row[ids[i]] - np.log(np.exp(row).sum())))
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 64, 150])
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 7}, {"n_pages": 8}, {"use_cache": False, "max_tokens": 50}])
+def test_log_probabilities_of_the_prompt(length: int, options: dict[str, Any]) -> None:
+    """In chunks, in company, after a preemption, and though the prefix cache has it all."""
+    engine = engine_of(**{"context": 200, **options})
+    ids = prompt(length)
+    run(engine, [Request(ids, SamplingParams(max_tokens=1))])
+    wanted = Request(ids, SamplingParams(max_tokens=30, prompt_logprobs=2, logprobs=0))
+    other = Request(prompt(60, 3), SamplingParams(max_tokens=60))
+    run(engine, [other, wanted], [0, 1])
+    assert [entry.token_id for entry in wanted.prompt_logprobs] == ids[1:]
+    assert [entry.logprob for entry in wanted.prompt_logprobs] == pytest.approx(exact_logprobs(ids), abs=1e-5)
+    assert all(len(entry.top) == 2 for entry in wanted.prompt_logprobs)
+    assert output(wanted).tolist() == greedy(ids, 30)
+    assert all_free(engine)
+
+
+def test_prompt_logprobs_that_are_not_finite_fail_one_request_alone() -> None:
+    engine = engine_of()
+    good, bad = (Request(prompt(20, i), SamplingParams(max_tokens=10, prompt_logprobs=i)) for i in range(2))
+    original = engine.runner.run
+
+    def run_with_nan(batch: Batch) -> memoryview:
+        logits = np.array(original(batch))
+        for i, row in enumerate(batch.logits_rows):
+            if batch.sequence[row] == 1 and batch.positions[row] == 5:
+                logits[i] = np.nan
+        return memoryview(logits)
+
+    engine.runner.run = run_with_nan  # type: ignore[method-assign]
+    run(engine, [good, bad])
+    assert output(good).tolist() == greedy(prompt(20), 10)
+    assert (bad.finish_reason, str(bad.error)) == ("error", "token 5 of the prompt: the model's logits are not finite")
+    assert all_free(engine)
+
+
+def test_deadlines() -> None:
+    """No step begins after it; what there is by then is kept; who waits ends too."""
+    now = [0.0]
+    engine = engine_of(n_pages=4, clock=lambda: now[0])
+    running = Request(prompt(90), SamplingParams(), deadline=10.5)
+    waiting = Request(prompt(90, 1), SamplingParams(), deadline=4.0)
+    free = Request(prompt(5, 2), SamplingParams(max_tokens=3))
+    for request in (running, waiting, free):
+        engine.add(request)
+    ended: dict[Request, float] = {}
+    while not (free.finish_reason and running.finish_reason):
+        for request in engine.step():
+            if request.finish_reason:
+                ended.setdefault(request, now[0])
+        now[0] += 1
+    assert (running.finish_reason, waiting.finish_reason) == ("timeout", "timeout")
+    assert ended[waiting] == 4
+    assert ended[running] == 11
+    assert output(running).tolist() == greedy(prompt(90), 11)  # of the steps at 0, 1, ..., 10
+    assert not output(waiting)
+    assert all_free(engine)
+
+
+def test_priorities() -> None:
+    """The lowest number first; it takes pages and places from others, who lose nothing by it."""
+    engine = engine_of(n_pages=4, max_sequences=2)
+    low = [Request(prompt(40, i), SamplingParams(max_tokens=20), priority=5) for i in range(3)]
+    high = Request(prompt(60, 9), SamplingParams(max_tokens=30), priority=-1)
+    for request in low:
+        engine.add(request)
+    engine.step()
+    assert low[0] in engine.scheduler.running
+    engine.add(high)
+    while not high.finish_reason:
+        assert high in engine.step()
+    assert engine.stats().preemptions > 0
+    run(engine, [])
+    while not all(request.finish_reason for request in low):
+        engine.step()
+    assert [output(request).tolist() for request in low] == [greedy(prompt(40, i), 20) for i in range(3)]
+    assert output(high).tolist() == greedy(prompt(60, 9), 30)
+    assert all_free(engine)
+
+
+def test_stats() -> None:
+    engine = engine_of()
+    run(engine, [Request(prompt(100), SamplingParams(max_tokens=10))])
+    run(engine, [Request(prompt(100), SamplingParams(max_tokens=10))])
+    engine.add(Request(prompt(40, 1), SamplingParams()))
+    engine.step()
+    engine.add(Request(prompt(40, 2), SamplingParams()))
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages, stats.held_pages) == (1, 1, 64, 2)
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens, stats.preemptions) == (240, 96, 21, 0)
+    assert stats.steps == 21
+
+
+# ---- the pace -------------------------------------------------------------------------------------------------------
+
+
+class CostlyRunner(FakeRunner):
+    """A runner whose steps take simulated seconds: a fixed cost, more for each token, and more where rows are many."""
+
+    def __init__(self, n_pages: int, base: float, token: float) -> None:
+        super().__init__(n_pages)
+        self.base, self.token = base, token
+        self.now = 0.0
+        self.noise = random.Random(1)
+
+    def run(self, batch: Batch) -> memoryview:
+        """See ops.Runner."""
+        n = len(batch.token_ids)
+        attended = sum(batch.positions) * self.token / 2000
+        self.now += (self.base + self.token * max(n - 8, 0) + attended) * self.noise.uniform(0.97, 1.03)
+        return super().run(batch)
+
+
+@pytest.mark.parametrize(
+    ("base", "token"), [(0.003, 0.0004), (0.0005, 0.00001), (0.02, 0.001), (0.1, 0.004), (0.3, 0.0001)]
+)
+def test_prompts_leave_others_their_pace(base: float, token: float) -> None:
+    """Steps beside a long prompt stay under the larger of 30 ms and twice the usual, and are not much shorter."""
+    runner = CostlyRunner(200, base, token)
+    engine = Engine(
+        runner, n_pages=200, context=4000, vocabulary=VOCABULARY, prefix_cache=False, clock=lambda: runner.now
+    )
+    readers = [Request(prompt(10, i), SamplingParams(max_tokens=None)) for i in range(3)]
+    for reader in readers:
+        engine.add(reader)
+    alone = []
+    for _ in range(20):
+        before = runner.now
+        engine.step()
+        alone.append(runner.now - before)
+    limit = max(0.030, 2 * sorted(alone[1:])[10])
+    taken, chunks = [], []
+    for i in range(3):
+        long = Request(prompt(1500, 50 + i), SamplingParams(max_tokens=1))
+        engine.add(long)
+        while not long.finish_reason:
+            before = runner.now
+            assert set(readers) <= set(engine.step())
+            taken.append(runner.now - before)
+            chunks.append(len(runner.batches[-1].token_ids))
+    assert max(taken) <= 1.1 * limit  # a tenth, before it has learned
+    assert sorted(taken)[int(0.99 * len(taken))] <= limit
+    settled = [seconds for seconds, n in zip(taken[10:], chunks[10:], strict=True) if n < 500]
+    assert len(settled) < 10 or sorted(settled)[len(settled) // 2] >= 0.6 * limit
+    assert min(chunks) >= 1
+
+
+def test_a_prompt_alone_takes_all() -> None:
+    runner = CostlyRunner(200, 0.1, 0.1)
+    engine = Engine(runner, n_pages=200, context=4000, vocabulary=VOCABULARY, clock=lambda: runner.now)
+    run(engine, [Request(prompt(1300), SamplingParams(max_tokens=1))])
+    assert [len(batch.token_ids) for batch in runner.batches] == [512, 512, 276]
+
+
+# ---- any schedule ---------------------------------------------------------------------------------------------------
+
+
+class Anything(Pace):
+    """A pace that is drawn: chunks of any size."""
+
+    def __init__(self, max_tokens: int, draw: random.Random) -> None:
+        super().__init__(max_tokens)
+        self.draw = draw
+
+    def budget(self, n_decoding: int) -> int:
+        """See Pace."""
+        return self.draw.choice([1, 2, 5, 31, 32, 33, 100, self.max_tokens])
+
+
+def check_pool(engine: Engine) -> None:
+    """Each page's holders are those that name it; none is both free and held; only equal contents are shared."""
+    pool, requests = engine.pool, [*engine.scheduler.running, *engine.scheduler.waiting]
+    holders = [0] * pool.n_pages
+    contents: dict[int, list[int]] = {}
+    for request in requests:
+        assert len(set(request.pages)) == len(request.pages)
+        assert len(request.pages) <= -(-len(request.token_ids) // PAGE)
+        for index, page in enumerate(request.pages):
+            holders[page] += 1
+            part = request.token_ids[: min((index + 1) * PAGE, request.n_computed)].tolist()
+            other = contents.setdefault(page, part)
+            n = min(len(part), len(other))
+            assert part[:n] == other[:n], "a page is shared by different texts"
+    assert holders == pool._holders
+    assert sorted([*pool._blank, *pool._idle]) == [page for page in range(pool.n_pages) if not holders[page]]
+    assert set(pool._key_of) <= set(range(pool.n_pages)) - set(pool._blank)
+    assert {page: key for key, (page, _) in pool._page_of.items()} == pool._key_of
+    assert len(engine.scheduler.running) <= engine.scheduler.max_sequences
+    assert engine.scheduler.running == sorted(engine.scheduler.running, key=turn)
+    assert engine.scheduler.waiting == sorted(engine.scheduler.waiting, key=turn)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.booleans(), st.sampled_from([5, 9, 40]), st.sampled_from([1, 3, 64]))
+def test_any_schedule(seed: int, prefix_cache: bool, n_pages: int, max_sequences: int) -> None:
+    """Arrivals, cancellations, deadlines, priorities, samples, preemptions, chunks: the pages are in order throughout,
+
+    nobody starves, and what comes out is what the definition says.
+    """
+    draw = random.Random(seed)
+    now = [0.0]
+    engine = engine_of(n_pages, 160, 64, max_sequences=max_sequences, prefix_cache=prefix_cache, clock=lambda: now[0])
+    engine.scheduler.pace = Anything(64, draw)
+    shared = prompt(70, seed)
+    made: list[Request] = []
+    coming: list[list[Request]] = []
+    for i in range(draw.randint(3, 14)):
+        ids = shared[: draw.choice([0, 31, 32, 64, 70])] + prompt(draw.choice([1, 2, 30, 33]), i)
+        values = {"max_tokens": draw.choice([1, 5, 40]), "temperature": draw.choice([0.0, 1.0]), "seed": i}
+        params = SamplingParams(**values, n=draw.choice([1, 1, 1, 3]), prompt_logprobs=draw.choice([None, None, 0]))
+        options = {"priority": draw.choice([0, 0, 1]), "deadline": draw.choice([None, None, None, 30.0])}
+        first = Request(ids, params, **options)
+        group = [first, *(Request(ids, params, **options, first=first, index=k) for k in range(1, params.n))]
+        coming.append(group)
+        made += group
+    for step in itertools.count():
+        now[0] += 1
+        while coming and draw.random() < 0.4:
+            for request in coming.pop():
+                engine.add(request)
+        if draw.random() < 0.05 and (there := [request for request in made if request.number]):
+            engine.finish(draw.choice(there), "cancelled")
+        if draw.random() < 0.1 and engine.scheduler.running:
+            engine.scheduler._preempt(draw.choice(engine.scheduler.running))
+        engine.step()
+        check_pool(engine)
+        if not coming and all(request.finish_reason for request in made):
+            break
+        assert step < 5000, "somebody starves"
+    assert all_free(engine)
+    for request in made:
+        ids, got = request.token_ids[: request.n_prompt].tolist(), output(request)
+        alone = Request(ids, request.params.replace(seed=request.seed, n=1))
+        run(engine_of(), [alone])
+        assert got == output(alone)[: len(got)]
+        if request.finish_reason == "length":
+            assert got == output(alone)
+            if not request.first:  # which computes them for all
+                assert len(request.prompt_logprobs) == (len(ids) - 1 if request.params.prompt_logprobs == 0 else 0)

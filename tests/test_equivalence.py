@@ -16,14 +16,14 @@ from pronghorn.weights import open_checkpoint, quantize
 from pronghorn.weights.types import Module
 from variants import save
 
-N_PAGES = 64
+N_PAGES = 96
 
 
 def runner_of(folder: Path, dtype: str, kv_dtype: str, threads: int) -> CpuRunner:
     checkpoint = open_checkpoint(folder)
     model = model_for(checkpoint.config)
     weights = quantize.prepare(checkpoint, model.parameters(), model.resolve(checkpoint.tensors), dtype)
-    return CpuRunner(model, Module.of(weights), n_pages=N_PAGES, kv_dtype=kv_dtype, max_tokens=128, threads=threads)
+    return CpuRunner(model, Module.of(weights), n_pages=N_PAGES, kv_dtype=kv_dtype, max_tokens=320, threads=threads)
 
 
 def alone(runner: CpuRunner, ids: list[int]) -> np.ndarray:
@@ -56,11 +56,11 @@ def in_company(runner: CpuRunner, sequences: list[list[int]], chooser: random.Ra
     return [np.concatenate(r) for r in rows]
 
 
-def check(folder: Path, dtype: str, kv_dtype: str, rounds: int) -> None:
+def check(folder: Path, dtype: str, kv_dtype: str, rounds: int, longest: int = 90) -> None:
     chooser = random.Random(f"{folder.name} {dtype} {kv_dtype}")
     runners = {threads: runner_of(folder, dtype, kv_dtype, threads) for threads in (1, 2, 3, 4)}
     config = runners[1].model.config
-    longest = min(config.context, 90)
+    longest = min(config.context, longest)
     sequences = [
         [
             chooser.randrange(config.vocab_size)
@@ -79,16 +79,17 @@ def check(folder: Path, dtype: str, kv_dtype: str, rounds: int) -> None:
                 )
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-odd", "smollm", "mistral-window", "qwen3-sliding-bias"])
 def test_any_company_gives_the_same_logits(name: str, dtype: str, kv_dtype: str, tmp_path: Path) -> None:
     check(save(name, tmp_path), dtype, kv_dtype, rounds=1)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8", "int4"])
-def test_on_a_trained_model(dtype: str, test_data: Path) -> None:
-    check(test_data / "models/stories260K", dtype, "f32", rounds=2)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("f32", "f32"), ("bf16", "bf16"), ("int8", "int8"), ("int4", "bf16")])
+def test_on_a_trained_model(dtype: str, kv_dtype: str, test_data: Path) -> None:
+    """Contexts of several blocks of attention, which threads share."""
+    check(test_data / "models/stories260K", dtype, kv_dtype, rounds=2, longest=310)
 
 
 def test_every_int8_granularity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,11 +27,12 @@ from safetensors import SafetensorError, deserialize
 
 from pronghorn.errors import CheckpointError, PronghornError
 from pronghorn.models import model_for
-from pronghorn.weights import open_checkpoint
+from pronghorn.weights import open_checkpoint, open_source
 from pronghorn.weights.types import DTYPES
 
 N_MUTATIONS = int(os.environ.get("PRONGHORN_FUZZ") or 500)
-SHARES = {"safetensors": 0.35, "folder": 0.1, "gguf": 0.3}  # the rest are tokenizers, in their own test
+SHARES = {"safetensors": 0.35, "folder": 0.1, "gguf": 0.3, "zip": 0.2, "stream": 0.2, "meta": 0.1, "bundle": 0.2}
+SHARES |= {"llama2c": 0.1, "fastgpt": 0.1}  # tokenizers are in their own test
 BATCH = 500
 MEMORY = 256 << 20  # bytes that a batch may take beyond what Python and its imports do
 SECONDS = 10  # for one file
@@ -284,10 +285,97 @@ def mutated_gguf(rng: random.Random, folder: Path) -> Path:
     return folder / "model.gguf"
 
 
+# Older formats: each is written right once, in a folder beside that of the mutations (named FOLDER-KIND), by the test
+# itself, since PyTorch does not fit into a child's memory. One of its files is mutated.
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 5, "n_positions": 8, "n_embd": 4, "n_head": 2, "n_layer": 1}
+EIGHT = CONFIG | {"num_key_value_heads": 2}
+
+
+def arrays_of(config: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np
+
+    model = model_for(config)
+    shapes = {model.PREFIX + name: parameter.shape for name, parameter in model.parameters().items()}
+    return {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
+
+
+def write_right(kind: str, folder: Path) -> None:
+    import sources
+
+    if kind in ("zip", "stream"):
+        import torch
+
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+        state = {name: torch.from_numpy(array) for name, array in arrays_of(CONFIG).items()}
+        state["model.layers.0.self_attn.q_proj.weight"] = torch.ones(8, 8).t()
+        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
+    elif kind == "meta":
+        sources.save_meta(folder, arrays_of(EIGHT), EIGHT)
+    elif kind == "bundle":
+        sources.save_openai(folder, arrays_of(GPT2), GPT2, compress=True)
+    elif kind == "llama2c":
+        folder.mkdir()
+        (folder / "model.bin").write_bytes(sources.llama2c(arrays_of(EIGHT), EIGHT, 0))
+        (folder / "other.bin").write_bytes(sources.llama2c(arrays_of(EIGHT), EIGHT, 1))
+    else:
+        folder.mkdir()
+        sources.save_fastgpt(folder / "model.gguf", arrays_of(GPT2), GPT2, ["<|endoftext|>", *"abc", "ab"], ["a b"])
+
+
+def sealed(rng: random.Random) -> bytes:
+    """A bundle's index with faults behind right checksums, as someone malicious would write it."""
+    import numpy as np
+
+    import sources
+
+    entries, at = [(b"", b"\x08\x01\x1a\x02\x08\x01")], 0
+    for name, array in sorted(sources.openai_names(arrays_of(GPT2)).items()):
+        data = np.ascontiguousarray(array).tobytes()
+        entries.append((name.encode(), sources.entry(array, 0, at, data)))
+        at += len(data)
+    for _ in range(rng.choice((1, 1, 2))):
+        number = rng.randrange(len(entries))
+        key, value = entries[number]
+        entries[number] = (key, mutate_bytes(rng, value, len(value))) if rng.random() < 0.8 else (key[:-1], value)
+    if rng.random() < 0.3:
+        whole = mutate_bytes(rng, sources.block(entries), 4000)  # a block as such
+        kind = rng.randrange(2)
+        stored = whole + bytes([kind]) + struct.pack("<I", sources.masked(whole + bytes([kind])))
+        handle = sources.varint(0) + sources.varint(len(whole))
+        index = sources.block([(b"~", handle)])
+        end = index + b"\0" + struct.pack("<I", sources.masked(index + b"\0"))
+        footer = handle + sources.varint(len(stored)) + sources.varint(len(index))
+        return stored + end + footer.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
+    return sources.table(entries, compress=rng.random() < 0.3)
+
+
+def mutated_other(kind: str) -> Callable[[random.Random, Path], Path]:
+    def make(rng: random.Random, folder: Path) -> Path:
+        right = folder.with_name(f"{folder.name}-{kind}")
+        files = sorted(path for path in right.iterdir() if path.stat().st_size)
+        chosen = rng.choice([path for path in files if path.name != "config.json"])
+        for path in files:
+            data = path.read_bytes()
+            if path == chosen:
+                if path.suffix == ".json":
+                    data = mutate_json(rng, json.loads(data))
+                elif path.suffix == ".index" and rng.random() < 0.7:
+                    data = sealed(rng)
+                else:
+                    data = mutate_bytes(rng, data, min(len(data), 1000 if kind != "zip" else 4000))
+            (folder / path.name).write_bytes(data)
+        return folder / chosen.name if kind in ("llama2c", "fastgpt") else folder
+
+    return make
+
+
 MAKERS: dict[str, Callable[[random.Random, Path], Path]] = {
     "safetensors": mutated_safetensors,
     "folder": mutated_folder,
     "gguf": mutated_gguf,
+    **{kind: mutated_other(kind) for kind in ("zip", "stream", "meta", "bundle", "llama2c", "fastgpt")},
 }
 
 # What must hold ------------------------------------------------------------------------------------------
@@ -312,14 +400,14 @@ def check(path: Path) -> str:
         except (SafetensorError, ValueError):
             official = {}
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_source(path)
     except PronghornError as error:
         message = one_line(error)
         assert not official or "model.safetensors" not in message or any(text in message for text in STRICTER), message
         return "refused"
-    assert sum(file.stat().st_size for file in checkpoint.files) >= sum(
-        len(t.data) for t in checkpoint.tensors.values()
-    )
+    sizes = sum(len(t.data) for t in checkpoint.tensors.values())
+    # In a pickle many tensors may be views of one storage, none of them longer than it.
+    assert sum(file.stat().st_size for file in checkpoint.files) >= sizes or checkpoint.format in ("torch", "meta")
     for tensor in checkpoint.tensors.values():
         assert all(isinstance(n, int) and n >= 0 for n in tensor.shape)
         assert sum(tensor.data) >= 0  # every byte can be read
@@ -368,6 +456,8 @@ def child(kind: str, folder: Path, first: int, count: int) -> None:
 @pytest.mark.parametrize("kind", MAKERS)
 def test_mutated_files_load_right_or_are_refused(kind: str, tmp_path: Path) -> None:
     count = max(10, int(N_MUTATIONS * SHARES[kind]))
+    if kind not in ("safetensors", "folder", "gguf"):
+        write_right(kind, tmp_path.with_name(f"{tmp_path.name}-{kind}"))
     total = {"loaded": 0, "refused": 0}
     for first in range(0, count, BATCH):
         size = min(BATCH, count - first)
@@ -377,7 +467,7 @@ def test_mutated_files_load_right_or_are_refused(kind: str, tmp_path: Path) -> N
         for outcome, number in json.loads(done.stdout).items():
             total[outcome] += number
     assert sum(total.values()) == count
-    assert total["refused"] > count // 2
+    assert total["refused"] > count // 4  # in older formats, most bytes are weights
     if count >= 100:
         assert total["loaded"] > 0
 

@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from pronghorn import (
 )
 from pronghorn.engine import sampling
 from pronghorn.generation import TextStream
-from pronghorn.llm import Later, describe, free_memory, pages_for, room_of
+from pronghorn.llm import describe, free_memory, pages_for, room_of
 from tiny import BOS, EOS, STORY, save_tiny
 
 
@@ -343,14 +342,6 @@ def test_requests_with_other_ends_may_overlap(llm: LLM) -> None:
     assert (forever.token_ids, ended.token_ids) == ([EOS] * 3, [EOS])
 
 
-def test_without_threads_it_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert Later(lambda: 5).get() == 5
-
-
 def test_timings(llm: LLM) -> None:
     out = llm.generate([1] * 50, SamplingParams(max_tokens=11, ignore_eos=True))
     timings = out.timings
@@ -362,6 +353,106 @@ def test_timings(llm: LLM) -> None:
     assert timings.decode_tok_s
     assert timings.bandwidth_gb_s == pytest.approx(timings.bytes_per_token * timings.decode_tok_s / 1e9)
     assert llm.generate([1], SamplingParams(max_tokens=1)).timings.decode_tok_s is None
+
+
+def test_samples(llm: LLM) -> None:
+    """Each is what its seed gives alone, whole and streamed; the prompt is computed once."""
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=2**64 - 2, n=4, logprobs=1)
+    before = llm.stats()
+    out = llm.generate([17, 3] * 50, params)
+    after = llm.stats()
+    assert after.prompt_tokens - before.prompt_tokens == 400
+    assert after.cached_tokens - before.cached_tokens == 3 * 99
+    assert [sample.seed for sample in out.samples] == [2**64 - 2, 2**64 - 1, 0, 1]
+    for sample in out.samples:
+        assert sample.others == () or sample is out
+        same = llm.generate([17, 3] * 50, params.replace(n=1, seed=sample.seed))
+        assert (same.token_ids, same.text, same.logprobs) == (sample.token_ids, sample.text, sample.logprobs)
+    stream = llm.stream([17, 3] * 50, params)
+    texts = [""] * 4
+    for chunk in stream:
+        texts[chunk.sample] += chunk.text
+    assert texts == [sample.text for sample in out.samples] == [sample.text for sample in stream.output().samples]
+
+
+def test_best_of(llm: LLM) -> None:
+    """The samples of the likeliest tokens, best first; whose log-probabilities are told only if asked for."""
+    params = SamplingParams(max_tokens=8, temperature=2.0, seed=1)
+    every = llm.generate("a", params.replace(n=6, logprobs=0)).samples
+    means = [sum(entry.logprob for entry in out.logprobs or ()) / len(out.token_ids) for out in every]
+    best = llm.generate("a", params.replace(n=2, best_of=6))
+    order = sorted(range(6), key=lambda i: -means[i])
+    assert [out.token_ids for out in best.samples] == [every[i].token_ids for i in order[:2]]
+    assert best.logprobs is None
+    assert best.seed == 1 + order[0]
+    with pytest.raises(ParameterError, match="best_of is 6"):
+        llm.stream("a", params.replace(best_of=6))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompt_logprobs_and_logits_agree(tiny: Path, use_cache: bool) -> None:
+    """Also of a prompt that the prefix cache has, and of one token."""
+    ids = [7, 8] * 60
+    with LLM(tiny, use_cache=use_cache) as llm:
+        for params in (SamplingParams(max_tokens=1), SamplingParams(max_tokens=2, prompt_logprobs=3, logprobs=0)):
+            out = llm.generate(ids, params)
+        logits = llm.logits(ids).astype(np.float64)
+        exact = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        assert out.prompt_logprobs
+        assert out.prompt_logprobs[0] is None
+        assert len(out.prompt_logprobs) == 120
+        for row, token_id, entry in zip(exact, ids[1:], out.prompt_logprobs[1:], strict=False):
+            assert entry
+            assert entry.token_id == token_id
+            assert entry.logprob == pytest.approx(row[token_id], abs=1e-5)
+            assert [i for i, _ in entry.top] == np.argsort(-row, kind="stable")[:3].tolist()
+        assert llm.generate([7], SamplingParams(max_tokens=1, prompt_logprobs=0)).prompt_logprobs == [None]
+
+
+def test_ctrl_c_keeps_what_is_done(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llm._engine
+    assert engine
+    params = [SamplingParams(max_tokens=n, ignore_eos=True, seed=0) for n in (3, 50)]
+    alone = llm.generate(["a", "a"], params)
+    steps = iter(range(10))
+    original = engine.runner.run
+
+    def run(batch: Any) -> memoryview:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return original(batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", run)
+        with pytest.raises(pronghorn.Interrupted, match="1 of 2 had ended") as interrupted:
+            llm.generate(["a", "a"], params)
+    done, cut = interrupted.value.outputs
+    assert isinstance(interrupted.value, KeyboardInterrupt)
+    assert done._replace(timings=None) == alone[0]._replace(timings=None)  # type: ignore[arg-type]
+    assert (cut.finish_reason, len(cut.token_ids)) == ("cancelled", 10)
+    assert cut.token_ids == alone[1].token_ids[:10]
+    assert engine.stats().held_pages == 0
+
+
+def test_run_gives_errors_in_their_places(llm: LLM) -> None:
+    """And asks for jobs only as there is room for them."""
+    asked: list[int] = []
+
+    def jobs() -> Iterator[tuple[int, Any]]:
+        for i in range(500):
+            asked.append(i)
+            yield i, PronghornError("bad") if i % 7 == 0 else llm.job([i % 250], SamplingParams(max_tokens=3))
+
+    results = {}
+    for key, result in llm.run(jobs()):
+        results[key] = result
+        assert len(asked) - len(results) <= 128
+    assert sorted(results) == list(range(500))
+    assert all(isinstance(result, PronghornError) == (key % 7 == 0) for key, result in results.items())
+    partly = llm.run(jobs())
+    next(partly)
+    partly.close()
+    assert llm.stats().running == llm.stats().waiting == 0
 
 
 def test_without_a_tokenizer(tiny: Path, tmp_path: Path) -> None:
@@ -388,7 +479,7 @@ def test_chat(llm: LLM) -> None:
     more = [*ids, *first.token_ids, 1, 2, 3]
     stream = llm.stream(more, SamplingParams(max_tokens=3))
     assert list(stream)
-    assert stream._generation.request.n_cached == (len(ids) + 59) // 32 * 32  # the conversation's pages are reused
+    assert stream._job.requests[0].n_cached == (len(ids) + 59) // 32 * 32  # the conversation's pages are reused
 
 
 def test_closed_and_forked(tiny: Path) -> None:
@@ -495,6 +586,10 @@ def test_a_control_group_counts_no_files(tmp_path: Path) -> None:
     assert room_of(tmp_path) == 700
     (tmp_path / "memory.max").write_text("max\n")
     assert room_of(tmp_path) == float("inf")
+    (tmp_path / "memory.limit_in_bytes").write_text("2000\n")  # version 1
+    (tmp_path / "memory.usage_in_bytes").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("inactive_file 5\ntotal_inactive_file 50\ntotal_active_file 25\n")
+    assert room_of(tmp_path) == 1175
     assert room_of(tmp_path / "none") == float("inf")
 
 

@@ -348,17 +348,25 @@ def test_attention(house: str, name: str, rng: np.random.Generator) -> None:
     assert np.abs(got - want).max() < (spec.head_dim + 70 + 16 * score) * EPS * np.abs(rows).max()
 
 
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
 @pytest.mark.parametrize("house", HOUSES)
-def test_bf16_cache(house: str, rng: np.random.Generator) -> None:
+def test_rounded_cache(house: str, kv_dtype: str, rng: np.random.Generator) -> None:
     spec = Attention(0, 4, 2, 12, 12**-0.5)
     widths = (48, 24, 24)
-    table = dense(rng.normal(size=(75, 96)))
+    values = rng.normal(size=(75, 96))
+    values[3, 48:] = 0  # of scale 0
+    table = dense(values)
     q, k, v = np.split(to_array(table), (48, 72), axis=1)
     model = Tiny(lambda ops, w: ops.attention(*ops.split(ops.embed(w.x), widths), spec), {"x": table}, 75, 48, spec)
-    runner = runner_class(house)(model, model.weights, n_pages=3, kv_dtype="bf16")
+    runner = runner_class(house)(model, model.weights, n_pages=3, kv_dtype=kv_dtype)
     got = logits_of(runner.run, batch_of((range(75), 0, (2, 0, 1))))[:, :48]
-    want = attended(q, to_bf16(k), to_bf16(v), spec)
-    assert np.abs(got - want).max() < 500 * EPS
+
+    def stored(x: np.ndarray) -> np.ndarray:
+        return to_bf16(x) if kv_dtype == "bf16" else to_int8(x.reshape(-1, 12), 0).reshape(x.shape)
+
+    want = attended(q, stored(k), stored(v), spec)
+    # The native house multiplies 8-bit keys and values by queries and weights of 15 bits.
+    assert np.abs(got - want).max() < (2.0**-11 if (house, kv_dtype) == ("cpu", "int8") else 500 * EPS)
     assert np.abs(attended(q, k, v, spec) - want).max() > 2**-10  # the rounding is there to be seen
 
 

@@ -26,7 +26,7 @@ FLOORS = [
     ("engine", "text"),
     ("generation",),
     ("llm",),
-    ("bench", "evaluate"),
+    ("async_llm", "batch", "bench", "convert", "evaluate"),
     ("cli",),
 ]
 

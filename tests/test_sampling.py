@@ -251,6 +251,9 @@ def test_log_probabilities() -> None:
         ("ignore_eos", (1, None)),
         ("min_tokens", (-1, 1000)),
         ("logprobs", (-1, 101, True)),
+        ("prompt_logprobs", (-1, 101, True, 1.5)),
+        ("n", (0, 129, 1.5, None)),
+        ("best_of", (0, 129, "2")),
     ],
 )
 def test_parameters_are_checked(name: str, values: tuple[Any, ...]) -> None:

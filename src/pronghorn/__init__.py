@@ -10,14 +10,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "AsyncStream",
     "CheckpointError",
     "Chunk",
     "ConfigError",
+    "Interrupted",
+    "Logprob",
     "Output",
     "ParameterError",
     "PromptError",
     "PronghornError",
+    "QueueFull",
     "SamplingParams",
+    "ShuttingDown",
+    "Stats",
     "Stream",
     "Timings",
     "__version__",
@@ -25,15 +32,37 @@ __all__ = [
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pronghorn.async_llm import AsyncLLM, AsyncStream
+    from pronghorn.engine.engine import Stats
     from pronghorn.engine.sampling import SamplingParams
-    from pronghorn.errors import CheckpointError, ConfigError, ParameterError, PromptError, PronghornError
-    from pronghorn.generation import Chunk, Output, Stream, Timings
+    from pronghorn.engine.scheduler import Logprob
+    from pronghorn.errors import (
+        CheckpointError,
+        ConfigError,
+        ParameterError,
+        PromptError,
+        PronghornError,
+        QueueFull,
+        ShuttingDown,
+    )
+    from pronghorn.generation import Chunk, Interrupted, Output, Stream, Timings
     from pronghorn.llm import LLM
 
 _HOMES = {
-    "errors": ("CheckpointError", "ConfigError", "ParameterError", "PromptError", "PronghornError"),
+    "async_llm": ("AsyncLLM", "AsyncStream"),
+    "errors": (
+        "CheckpointError",
+        "ConfigError",
+        "ParameterError",
+        "PromptError",
+        "PronghornError",
+        "QueueFull",
+        "ShuttingDown",
+    ),
+    "engine.engine": ("Stats",),
     "engine.sampling": ("SamplingParams",),
-    "generation": ("Chunk", "Output", "Stream", "Timings"),
+    "engine.scheduler": ("Logprob",),
+    "generation": ("Chunk", "Interrupted", "Output", "Stream", "Timings"),
     "llm": ("LLM",),
 }
 

@@ -33,6 +33,8 @@ class KvCache:
     """Keys and values of all layers, in pages. `format` is f32 or bf16. Memory is taken when it is first touched."""
 
     def __init__(self, n_layers: int, n_pages: int, n_kv_heads: int, head_dim: int, format: str, /) -> None: ...
+    def copy_page(self, source: int, target: int) -> None:
+        """Makes a page equal to another, in all layers. IndexError for one that is not there."""
     @property
     def nbytes(self) -> int: ...
 
@@ -121,7 +123,19 @@ def pack(
     ValueError where sizes do not fit, or for values that cannot be quantized.
     """
 
-def checksum(data: Buffer, pool: Pool) -> int: ...
+def checksum(data: Buffer) -> int:
+    """64 bits; by this thread alone, unlike ReadAhead's."""
+
+class ReadAhead:
+    """Threads of its own read the bytes at once: their pages are mapped, and, where asked for, summed up."""
+
+    def __init__(self, data: Buffer, sums: bool, threads: int) -> None: ...
+    def finish(self) -> int:
+        """The checksum, where sums were asked for; this thread takes its part of what is left. Lets go of the lock."""
+
+def crc32c(data: Buffer) -> int:
+    """CRC-32C, as TensorFlow's checkpoints have it (before its mask)."""
+
 def gguf_skip_strings(buffer: Buffer, offset: int, count: int) -> int:
     """The position after `count` GGUF strings, or -1 if they go past the end."""
 
@@ -146,10 +160,45 @@ class Sampler:
         withheld: Sequence[int],
         min_tokens: int,
     ) -> None: ...
-    def choose(self, logits: Buffer, row: int, vocabulary: int, history: Buffer, n_prompt: int) -> int: ...
+    def choose(
+        self,
+        logits: Buffer,
+        row: int,
+        vocabulary: int,
+        history: Buffer,
+        n_prompt: int,
+        allowed: Buffer | None = None,
+    ) -> int:
+        """`allowed`: a bit for each token, in words of 32, the lowest first; tokens past its end are not allowed."""
 
 def log_probabilities(
     logits: Buffer, row: int, vocabulary: int, chosen: int, n_top: int
 ) -> list[tuple[int, float]]: ...
 def philox(c0: int, c1: int, c2: int, c3: int, key: int, /) -> tuple[int, int, int, int]:
     """Four words of the counter-based generator."""
+
+def build_tokenizer(
+    tokens: list[str | None],
+    in_model: Buffer,
+    merges: Buffer,
+    bytes: Buffer,
+    added: Buffer,
+    classes: Buffer,
+    rules: list[int],
+    about: bytes,
+) -> bytes:
+    """The file of a MappedTokenizer; native/tokenizer.h says what its parts are. ValueError if they do not fit."""
+
+def tokenizer_checksum(data: Buffer) -> int:
+    """What a file's header should say; for tests, which forge files."""
+
+class MappedTokenizer:
+    """A tokenizer in a file's bytes, which are read in place. ValueError for what is not such a file, whole."""
+
+    def __init__(self, data: Buffer) -> None: ...
+    @property
+    def about(self) -> bytes: ...
+    def encode(self, text: str) -> list[int] | None:
+        """Token ids; None where only the library knows them. TypeError for a lone surrogate. Lets go of the lock."""
+    def token(self, token_id: int) -> str | None: ...
+    def find(self, text: str) -> int | None: ...

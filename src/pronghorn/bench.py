@@ -23,7 +23,7 @@ from pronghorn.engine.engine import Engine
 from pronghorn.engine.sampling import SamplingParams
 from pronghorn.engine.scheduler import Request
 from pronghorn.errors import CheckpointError, ParameterError, PronghornError
-from pronghorn.llm import KV_SIZES, STEP_TOKENS, check_options, free_memory, open_model
+from pronghorn.llm import STEP_TOKENS, check_options, free_memory, kv_bytes, open_model
 from pronghorn.models import Model, model_for
 from pronghorn.ops import PAGE
 from pronghorn.ops.cpu import CpuRunner
@@ -59,7 +59,7 @@ class Subject:
         config, parameters = model.config, model.parameters()
         weights = prepare(checkpoint, parameters, model.resolve(checkpoint.tensors), dtype, threads)
         self.kv_dtype = kv_dtype_of(weights)
-        self.token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * KV_SIZES[self.kv_dtype]
+        self.token_bytes = kv_bytes(config, self.kv_dtype)
         self.read = weights_read(model, weights)
         self.weight_bytes = sum(weight.data.nbytes for weight in self.read.values())
         n_pages = max(-(-LONG_PROMPT // PAGE) + 1, *(n * pages_of(PROMPT + STEPS[n]) for n in STREAMS))
@@ -358,33 +358,62 @@ def figure_for(path: str) -> Any:
 
 
 def draw(figure: Any, found: Mapping[str, Any]) -> None:
-    """A roofline (Williams et al. 2009): operations a second over operations a byte.
+    """Rooflines (Williams et al. 2009), one for each dtype: operations a second over operations a byte.
 
-    The line is the ceiling of each dtype's memory, as measured. Where arithmetic sets a limit is not measured: there
-    the points leave the line.
+    The slope is the ceiling of that dtype's memory, as measured; it is drawn up to the most that was reached, as the
+    arithmetic's own limit is not measured.
     """
-    axes = figure.add_subplot()
     by_dtype: dict[str, list[dict[str, Any]]] = {}
     for row in found["results"]:
         by_dtype.setdefault(row["dtype"], []).append(row)
-    for number, (dtype, rows) in enumerate(by_dtype.items()):
-        intensity = [row["operations_per_step"] / row["bytes_per_step"] for row in rows]
-        reached = [row["gb_s"]["median"] * x for row, x in zip(rows, intensity, strict=True)]
+    n_columns = min(2, len(by_dtype))
+    n_rows = -(-len(by_dtype) // n_columns)
+    figure.set_size_inches(4.5 * n_columns, 3.2 * n_rows + 0.7)
+    figure.set_facecolor("white")
+    panels = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
+    lows: list[float] = []
+    highs: list[float] = []
+    where = "{processor} ({isa}, {threads} threads)".format(**found["machine"])
+    figure.suptitle(f"{Path(found['model']).name} on {where}", fontsize=11)
+    for axes in panels.flat[len(by_dtype) :]:
+        axes.set_visible(False)
+    for axes, (dtype, rows) in zip(panels.flat, by_dtype.items(), strict=False):
         ceiling = statistics.median(row["ceiling_gb_s"]["median"] for row in rows)
-        ends = [min(intensity) / 2, 2 * max(reached) / ceiling]
-        color = f"C{number}"
-        axes.plot(ends, [ceiling * x for x in ends], color=color, linewidth=1)
-        axes.plot(intensity, reached, "o", color=color, label=f"{dtype}: memory gives {ceiling:.1f} GB/s")
-        for row, x, y in zip(rows, intensity, reached, strict=True):
-            name = f"{row['streams']}" if row["kind"] == "decode" else f"p{row['tokens']}"
-            axes.annotate(name, (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7, color=color)
-    place = found["machine"]
-    axes.set(
-        xscale="log", yscale="log", xlabel="operations a byte that is read", ylabel="10⁹ operations a second",
-        title=f"{Path(found['model']).name} on {place['processor']} ({place['isa']}, {place['threads']} threads)",
-    )  # fmt: skip
-    axes.grid(visible=True, which="major", linewidth=0.3)
-    axes.legend(title="lines: what the memory allows; 1, 8, 32: streams; p: prompt", title_fontsize=8, fontsize=8)
+        points = [(row, row["operations_per_step"] / row["bytes_per_step"]) for row in rows]
+        reached = {id(row): row["gb_s"]["median"] * x for row, x in points}
+        most = max(reached.values())
+        corner = most / ceiling
+        ends = [min(x for _, x in points) / 2.5, corner, 1.6 * max(corner, *(x for _, x in points))]
+        axes.plot(ends[1:], [most, most], color="#8c959f", linewidth=1, linestyle=":")
+        axes.plot(ends[:2], [ceiling * x for x in ends[:2]], color="#57606a", linewidth=1.5)
+        for kind, color, marker, label in (
+            ("decode", "#0969da", "o", "decoding: number of streams"),
+            ("prompt", "#bc4c00", "s", "prompt: number of tokens"),
+        ):
+            some = [(row, x) for row, x in points if row["kind"] == kind]
+            axes.plot([x for _, x in some], [reached[id(row)] for row, _ in some], marker, color=color, label=label)
+            for row, x in some:
+                size = row["streams" if kind == "decode" else "tokens"]
+                name = f"1 ({100 * row['share']['median']:.0f} % of the line)" if size == 1 else str(size)
+                place = {"xytext": (5, -12), "textcoords": "offset points"}  # to the right, below: lines are above
+                axes.annotate(name, (x, reached[id(row)]), **place, fontsize=9, color=color)
+        axes.set(xscale="log", yscale="log")
+        axes.fill_between(ends, [ceiling * ends[0], most, most], 1e-9, color="#f6f8fa", linewidth=0)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
+        lows.append(ceiling * ends[0])
+        highs.append(most)
+        axes.set_title(f"{dtype}: the memory gives {ceiling:.1f} GB/s", fontsize=10)
+        axes.grid(visible=True, linewidth=0.4, color="#d0d7de")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels.flat[0].set_ylim(0.6 * min(lows), 2.5 * max(highs))  # all panels share it
+    panels.flat[0].legend(fontsize=8, loc="upper left", frameon=False)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("10⁹ operations a second", fontsize=9)
+    for axes in panels[-1]:
+        axes.set_xlabel("operations a byte that is read", fontsize=9)
 
 
 def run(args: argparse.Namespace) -> None:

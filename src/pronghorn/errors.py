@@ -23,3 +23,11 @@ class ParameterError(PronghornError, ValueError):
 
 class PromptError(PronghornError, ValueError):
     """A prompt that cannot be run: too long, or with token ids outside of the vocabulary."""
+
+
+class QueueFull(PronghornError):
+    """More requests than may wait: the same one may be taken later."""
+
+
+class ShuttingDown(PronghornError):
+    """No more requests are taken."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from pronghorn.engine.scheduler import Logprob, Request
@@ -37,12 +38,13 @@ class Chunk(NamedTuple):
 
     text: str
     token_ids: list[int]
-    finish_reason: str | None  # of the last chunk: "stop" or "length"
+    finish_reason: str | None  # of the last chunk of a sample: "stop", "length" or "timeout"
     logprobs: list[Logprob] | None
+    sample: int = 0  # which it is of, where there are several
 
 
 class Output(NamedTuple):
-    """What became of a prompt.
+    """What became of a prompt; the first sample, if several were made.
 
     `token_ids` ends with the token that stopped it, whose text is not in `text`; nor is a stop string. `text` is
     empty for a model without a tokenizer.
@@ -50,11 +52,26 @@ class Output(NamedTuple):
 
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop", "length" (of max_tokens, or of the context), or "cancelled": a stream closed early
+    finish_reason: str  # "stop", "length" (max_tokens, or the context), "timeout", "cancelled" (closed, or Ctrl-C)
     logprobs: list[Logprob] | None
     prompt_token_ids: list[int]
-    seed: int
+    seed: int  # of this sample: with it, it is made again alone
     timings: Timings
+    prompt_logprobs: list[Logprob | None] | None = None  # of each token of the prompt; None for its first
+    others: tuple[Output, ...] = ()
+
+    @property
+    def samples(self) -> list[Output]:
+        """All samples, of which this is the first."""
+        return [self, *self.others]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, in the middle of a list of prompts: `outputs` is what they had by then, "cancelled" if not at an end."""
+
+    def __init__(self, outputs: list[Output]) -> None:
+        super().__init__(f"{sum(out.finish_reason != 'cancelled' for out in outputs)} of {len(outputs)} had ended")
+        self.outputs = outputs
 
 
 class Cost(NamedTuple):
@@ -89,6 +106,8 @@ class Generation:
 
     def advance(self) -> Chunk | None:
         """What is new since the last call, if anything."""
+        if self.finish_reason:
+            return None
         request = self.request
         ended, n_tokens, start = request.finish_reason, len(request.token_ids), self.n_read
         if n_tokens == start and not ended:
@@ -115,7 +134,7 @@ class Generation:
             self.finish_reason = "stop" if self.stream.stopped else self.finish_reason
         self.text += text
         ids = request.token_ids[start : self.n_read].tolist()
-        return Chunk(text, ids, self.finish_reason, self._logprobs(start))
+        return Chunk(text, ids, self.finish_reason, self._logprobs(start), request.index)
 
     def end(self) -> None:
         """Leaves it at what there is, if it has not finished."""
@@ -136,7 +155,13 @@ class Generation:
             prompt_token_ids=request.token_ids[: request.n_prompt].tolist(),
             seed=request.seed,
             timings=self.timings(),
+            prompt_logprobs=None if request.params.prompt_logprobs is None else [None, *request.prompt_logprobs],
         )
+
+    def likelihood(self) -> float:
+        """The mean logarithm of the tokens' probabilities, by which `best_of` chooses."""
+        n_new = self.n_read - self.request.n_prompt
+        return sum(entry.logprob for entry in self.request.logprobs[:n_new]) / n_new if n_new else -inf
 
     def timings(self) -> Timings:
         """See Timings."""
@@ -156,14 +181,49 @@ class Generation:
         return self.request.logprobs[start - n_prompt : self.n_read - n_prompt]
 
 
+class Job:
+    """A prompt's samples, on their way together."""
+
+    def __init__(self, generations: list[Generation], n: int) -> None:
+        self.generations = generations
+        self.n = n  # of which so many are given
+
+    @property
+    def requests(self) -> list[Request]:
+        """One for each sample."""
+        return [generation.request for generation in self.generations]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all samples have."""
+        return all(generation.finish_reason for generation in self.generations)
+
+    def advance(self) -> list[Chunk]:
+        """What is new since the last call. Raises what ended a sample by an error, or a cancellation elsewhere."""
+        return [chunk for generation in self.generations if (chunk := generation.advance())]
+
+    def end(self) -> None:
+        """Leaves it at what there is."""
+        for generation in self.generations:
+            generation.end()
+
+    def output(self) -> Output:
+        """The whole, once all have finished."""
+        chosen = self.generations
+        if chosen[0].request.params.best_of is not None:
+            chosen = sorted(chosen, key=lambda generation: -generation.likelihood())  # of equals the first
+        first, *others = (generation.output() for generation in chosen[: self.n])
+        return first._replace(others=tuple(others))
+
+
 class Stream(Iterator[Chunk]):
     """The chunks of a generation. It runs while chunks are asked for: of this one, or of others that share its steps.
 
     Closing it ends it and frees its memory.
     """
 
-    def __init__(self, generation: Generation, chunks: Generator[Chunk, None, None]) -> None:
-        self._generation = generation
+    def __init__(self, job: Job, chunks: Generator[Chunk, None, None]) -> None:
+        self._job = job
         self._chunks = chunks
 
     def __next__(self) -> Chunk:
@@ -172,11 +232,11 @@ class Stream(Iterator[Chunk]):
     def close(self) -> None:
         """Ends the generation; no effect on one that has ended."""
         self._chunks.close()
-        self._generation.end()
+        self._job.end()
 
     def output(self) -> Output:
         """The whole, after the last chunk; after `close`, what had come by then."""
-        return self._generation.output()
+        return self._job.output()
 
 
 class TextStream:

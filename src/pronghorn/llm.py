@@ -8,20 +8,21 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
 
-from pronghorn.engine.engine import Engine
-from pronghorn.engine.sampling import SamplingParams, whole
+from pronghorn.engine.engine import Engine, Stats
+from pronghorn.engine.grammar import FORMS, Grammar, Vocabulary
+from pronghorn.engine.sampling import SamplingParams, number, whole
 from pronghorn.engine.scheduler import Request, token_array
 from pronghorn.engine.speculate import ModelDraft, NgramDraft
 from pronghorn.errors import NoTokenizer, ParameterError, PromptError, PronghornError
-from pronghorn.generation import Chunk, Cost, Generation, Output, Stream
-from pronghorn.models import Model, model_of
-from pronghorn.ops import PAGE, Runner
-from pronghorn.weights import Checkpoint, open_checkpoint
+from pronghorn.generation import Chunk, Cost, Generation, Interrupted, Job, Output, Stream
+from pronghorn.models import Config, Model, model_of
+from pronghorn.ops import KV_DTYPES, PAGE, Runner
+from pronghorn.weights import Checkpoint, ahead, open_checkpoint
 from pronghorn.weights.types import Dense, Matrix, Module, Tensor
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
     from pronghorn.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")
-KV_SIZES = {"f32": 4, "bf16": 2}
 DEVICES = "cpu, reference, or a device of PyTorch's, such as cuda or torch:cpu"
 DRAFTS = "self-int4, self-int8, ngram, or another model"
 STEP_TOKENS = 512  # prompt tokens that a step computes: also how long Ctrl-C may wait
+IN_FLIGHT = 128  # samples of a list of prompts that the engine has before it at once
 SEQUENCES = 16  # of full context, that the KV cache has room for by default, if the memory does
 
 Prompt = str | Sequence[int]
@@ -47,7 +48,8 @@ class LLM:
     `model`: a folder in Hugging Face's layout, a `.safetensors` or `.gguf` file, or a name from `pronghorn pull`; None
     is the default model. `dtype`: "auto" runs the file's own format; f32, bf16, int8 and int4 convert. `device`:
     "cpu"; "reference", slow and obvious; or a torch device, such as "cuda" or "torch:cpu". `threads`: None is as
-    many as this process may use. `kv_dtype`: "auto" is f32 for f32 and f16 weights, and bf16 for others.
+    many as this process may use. `kv_dtype`: "auto" is f32 for f32 and f16 weights, and bf16 for others;
+    int8 takes half of bf16's memory.
     `kv_memory`: bytes for keys and values; None is room for one sequence of full length, and for more in a part of
     the free memory; none of it is touched before it is used. `use_cache=False` computes all from the beginning for
     every token, and `prefix_cache=False` never reuses what another prompt has computed: neither changes a token.
@@ -88,7 +90,7 @@ class LLM:
         self._checkpoint = open_model(model)
         self.path = self._checkpoint.path
         source = self._checkpoint.tokenizer
-        self._tokenizer = Later(lambda: load_tokenizer(source))
+        self._tokenizer = Tried(lambda: load_tokenizer(source))
         self.model, tensors = model_of(self._checkpoint)
 
         from pronghorn.weights.quantize import prepare
@@ -101,14 +103,14 @@ class LLM:
             kv_dtype = "f32" if wide else "bf16"
         self.kv_dtype = kv_dtype
         sequences = SEQUENCES if device == "cpu" else 1
-        token_bytes = kv_bytes(self.model, kv_dtype)
-        ahead = None if draft in (None, "ngram") else DraftModel(str(draft), self, tensors, device, threads)
-        all_bytes = token_bytes + (ahead.token_bytes(kv_dtype) if ahead else 0)
+        token_bytes = kv_bytes(config, kv_dtype)
+        runs_ahead = None if draft in (None, "ngram") else DraftModel(str(draft), self, tensors, device, threads)
+        all_bytes = token_bytes + (runs_ahead.token_bytes(kv_dtype) if runs_ahead else 0)
         n_pages = pages_for(all_bytes, config.context, sequences, kv_memory)
         try:
             runner = runner_for(self.model, Module.of(weights), device, threads, n_pages, kv_dtype)
-            if ahead:
-                ahead.start(runner, n_pages, kv_dtype)
+            if runs_ahead:
+                runs_ahead.start(runner, n_pages, kv_dtype)
         except MemoryError:
             n_tokens = n_pages * PAGE
             raise PronghornError(
@@ -128,13 +130,18 @@ class LLM:
         )
         if draft == "ngram":
             self._engine.speculate(NgramDraft())
-        if ahead:
-            cost = ahead.weight_bytes / bytes_read(self.model, weights)
-            self._engine.speculate(ahead.draft(self._engine.pool, cost))
+        if runs_ahead:
+            cost = runs_ahead.weight_bytes / bytes_read(self.model, weights)
+            self._engine.speculate(runs_ahead.draft(self._engine.pool, cost))
         self.context = self._engine.context
         self._lock = threading.Lock()
+        self._came: list[Request] = []  # that the engine has not been given yet
         self._ended: list[Request] = []  # that are no longer wanted, and may hold pages yet
+        self._vocabulary_lock = threading.Lock()
+        self._vocabulary: Vocabulary | None = None
+        self._driver: Driver | None = None  # who takes the steps, if not those who wait for them
         self._pid = os.getpid()
+        ahead.end()
         self._cost = Cost(time.perf_counter() - started, bytes_read(self.model, weights), token_bytes)
 
     @property
@@ -144,64 +151,125 @@ class LLM:
 
     @overload
     def generate(  # type: ignore[overload-overlap]
-        self, prompts: Prompt, params: SamplingParams | None = None
+        self,
+        prompts: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> Output: ...
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> list[Output]: ...
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> Output | list[Output]:
         """Goes on from a prompt (text, or token ids as they are), or from each of a list, all at once.
 
         An empty text goes on from the beginning-of-sequence token alone. Raises PromptError for a prompt that cannot
-        be run, before anything runs.
+        be run, before anything runs. Where others run too, the lowest `priority` goes first. `timeout`: seconds from
+        now, after which no step is begun for it: it ends with what there is, and the finish_reason "timeout". Ctrl-C
+        raises Interrupted, a KeyboardInterrupt whose `outputs` are what there was by then.
         """
         one = is_prompt(prompts)
         listed = cast("Sequence[Prompt]", [prompts] if one else prompts)
         many = params if isinstance(params, Sequence) else [params] * len(listed)
         if len(many) != len(listed):
             raise ParameterError(f"there are {len(listed)} prompts, but {len(many)} params")
-        engine = self._ready()
-        generations = [self._generation(prompt, p) for prompt, p in zip(listed, many, strict=True)]
+        jobs = [self.job(prompt, p, priority, timeout) for prompt, p in zip(listed, many, strict=True)]
         try:
-            with self._lock:
-                for generation in generations:
-                    engine.add(generation.request)
-            pending = generations
-            while pending:
-                self._step()
-                for generation in pending:
-                    generation.advance()
-                pending = [generation for generation in pending if not generation.finish_reason]
-        finally:
-            self._cancel(*(generation.request for generation in generations))
-        outputs = [generation.output() for generation in generations]
+            for _, result in self.run(enumerate(jobs)):
+                if isinstance(result, PronghornError):
+                    raise result
+        except KeyboardInterrupt:
+            for job in jobs:
+                job.end()
+            raise Interrupted([job.output() for job in jobs]) from None
+        outputs = [job.output() for job in jobs]
         return outputs[0] if one else outputs
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Stream:
         """The same as `generate`, in chunks as they come: their texts and ids joined are its text and ids.
 
         >>> llm = LLM(path)
         >>> "".join(chunk.text for chunk in llm.stream("Once upon a time", SamplingParams(max_tokens=8)))
         ', there was a little girl'
         """
-        generation = self._generation(prompt, params)
-        return Stream(generation, self._chunks(generation))
+        job = self.job(prompt, params, priority, timeout)
+        check_stream(job)
+        return Stream(job, self._chunks(job))
 
-    def _chunks(self, generation: Generation) -> Generator[Chunk, None, None]:
+    def _chunks(self, job: Job) -> Generator[Chunk, None, None]:
         try:
-            with self._lock:
-                self._ready().add(generation.request)
-            while not generation.finish_reason:
+            self._ready()
+            self.submit(job)
+            while not job.finished:
                 self._step()
-                if chunk := generation.advance():
-                    yield chunk
+                yield from job.advance()
         finally:
-            self._cancel(generation.request)
+            self.cancel(job)
+
+    def run(
+        self, jobs: Iterable[tuple[Key, Job | PronghornError]]
+    ) -> Generator[tuple[Key, Output | PronghornError], None, None]:
+        """Runs jobs (see `job`) that are asked for as they can be used -> each by its key, as they end.
+
+        An error is given on in its place: that of making the job, or that of running it.
+        """
+        source, pending, n_samples = iter(jobs), list[tuple[Key, Job]](), 0
+        try:
+            while True:
+                while n_samples < IN_FLIGHT and (entry := next(source, None)):
+                    key, job = entry
+                    if isinstance(job, PronghornError):
+                        yield key, job
+                        continue
+                    self._ready()
+                    pending.append((key, job))
+                    n_samples += len(job.generations)
+                    self.submit(job)
+                if not pending:
+                    return
+                self._step()
+                for entry in list(pending):
+                    key, job = entry
+                    result: Output | PronghornError | None = None
+                    try:
+                        job.advance()
+                        result = job.output() if job.finished else None
+                    except PronghornError as error:
+                        self._ready()  # closed: all of them end
+                        result = error
+                    if result is not None:
+                        self.cancel(job)  # of an error, the other samples
+                        pending.remove(entry)
+                        n_samples -= len(job.generations)
+                        yield key, result
+        finally:
+            for _, job in pending:
+                self.cancel(job)
+
+    def stats(self) -> Stats:
+        """What runs, what waits, and what has been done so far."""
+        return self._ready().stats()
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each token, float32 [tokens, vocabulary]."""
@@ -232,10 +300,12 @@ class LLM:
 
     def close(self) -> None:
         """Ends what runs, and lets go of weights and memory. `with LLM(...) as llm:` does it at the end."""
+        if self._driver:
+            self._driver.close()
         with self._lock:
             if self._engine:
-                self._ended += [*self._engine.scheduler.running, *self._engine.scheduler.waiting]
-                self._reap()
+                self._ended += [*self._engine.scheduler.running, *self._engine.scheduler.waiting, *self._came]
+                self._settle()
             self._engine = None  # and with it the runner, the KV cache and the weights
 
     def __enter__(self) -> LLM:
@@ -254,42 +324,117 @@ class LLM:
         return self._engine
 
     def _step(self) -> None:
-        with self._lock:
-            self._reap()
-            self._ready().step()
+        """A step, by this thread or by the driver's."""
+        self._ready()
+        driver = self._driver
+        if driver:
+            driver.wait_round()
+        else:
+            self.take_step()
 
-    def _cancel(self, *requests: Request) -> None:
-        """Ends requests: now, or where a step is running, after it.
+    def take_step(self) -> list[Request]:
+        """A step, by this thread -> the requests that have something new, or have ended."""
+        with self._lock:
+            self._settle()
+            return self._ready().step()
+
+    def drive(self, driver: Driver) -> bool:
+        """Leaves the steps to a driver from now on; False if there is one."""
+        with self._lock:
+            self._ready()
+            free = self._driver is None
+            self._driver = self._driver or driver
+            return free
+
+    def undrive(self) -> None:
+        """Takes the steps back."""
+        self._driver = None
+
+    def fail(self, error: Exception) -> list[Request]:
+        """Ends what an error has hit: what was running, or else what could not begin -> these requests."""
+        with self._lock:
+            engine = self._engine
+            if engine is None:
+                return []
+            hit = list(engine.scheduler.running or engine.scheduler.waiting)
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            for request in hit:
+                request.error = error if isinstance(error, PronghornError) else PronghornError(text)
+                engine.finish(request, "error")
+            return hit
+
+    def n_unfinished(self) -> int:
+        """Samples that run or wait."""
+        engine = self._engine
+        if engine is None:
+            return 0
+        return len(engine.scheduler.running) + len(engine.scheduler.waiting) + len(self._came)
+
+    @property
+    def max_sequences(self) -> int:
+        """Samples that run at once; others wait."""
+        return self._ready().scheduler.max_sequences
+
+    def submit(self, job: Job) -> None:
+        """Hands a job's requests to the engine: now, or where a step is running, before the next one.
+
+        It never waits for the lock, and so for no step.
+        """
+        self._came += job.requests
+        self._settle_if_free()
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job's requests, now or after the step that is running; no effect on those that have ended.
 
         It never waits for the lock: an abandoned stream may be collected, and closed, amid a step of this thread.
         """
+        self._cancel(*job.requests)
+
+    def _cancel(self, *requests: Request) -> None:
         self._ended += requests
+        self._settle_if_free()
+
+    def _settle_if_free(self) -> None:
         if self._lock.acquire(blocking=False):
             try:
-                self._reap()
+                self._settle()
             finally:
                 self._lock.release()
 
-    def _reap(self) -> None:
+    def _settle(self) -> None:
+        """Gives the engine what came, and takes from it what is no longer wanted."""
+        while self._came:
+            request = self._came.pop(0)
+            if self._engine and request.finish_reason is None:
+                self._engine.add(request)
         while self._ended:
             request = self._ended.pop()
             if self._engine:
                 self._engine.finish(request, "cancelled")
 
-    def _generation(self, prompt: Prompt, params: SamplingParams | None) -> Generation:
-        """A prompt on its way, checked."""
+    def job(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Job:
+        """A prompt on its way, checked, for `run` and `submit`. Its time begins now."""
         started = time.perf_counter()
         engine, checkpoint = self._ready(), self._checkpoint
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ParameterError(f"params is {params!r}: expected SamplingParams")
+        priority = whole("priority", priority, -1_000_000, 1_000_000)
+        seconds = None if timeout is None else number("timeout", timeout, 0, 1e9, above=True)
         tokenizer: Tokenizer | None = None
+        formed = any(getattr(params, name) is not None for name in FORMS)
         try:
             tokenizer = self.tokenizer
             bos_ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
             eos_ids: Sequence[int] = tokenizer.eos_ids
         except NoTokenizer:
-            if isinstance(prompt, str) or params.stop:  # ids in, ids out does without
+            if isinstance(prompt, str) or params.stop or formed:  # ids in, ids out does without
                 raise
             from pronghorn.text.tokenizer import token_ids
 
@@ -297,10 +442,48 @@ class LLM:
         ids = token_array(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if not ids and not bos_ids:
             raise PromptError("the prompt is empty, and the model has no beginning-of-sequence token to start from")
-        request = Request(ids or bos_ids[:1], params, eos_ids)
-        engine.check(request)
-        decoder = tokenizer.stream() if tokenizer else None
-        return Generation(request, decoder, self._cost, self._cancel, started)
+        requests: list[Request] = []
+        deadline = None if seconds is None else engine.clock() + seconds
+        for index in range(params.best_of or params.n):
+            first = requests[0] if requests else None
+            request = Request(
+                ids or bos_ids[:1], params, eos_ids, priority=priority, deadline=deadline, first=first, index=index
+            )
+            if not first:
+                engine.check(request)
+                request.grammar = Grammar(self._grammar_vocabulary(), params) if formed else None
+            elif first.grammar:
+                request.grammar = first.grammar.copy()
+            requests.append(request)
+        return Job(
+            [
+                Generation(request, tokenizer.stream() if tokenizer else None, self._cost, self._cancel, started)
+                for request in requests
+            ],
+            params.n,
+        )
+
+    def _grammar_vocabulary(self) -> Vocabulary:
+        """The tokenizer for grammars, made the first time that one is wanted."""
+        with self._vocabulary_lock:
+            if self._vocabulary is None:
+                tokenizer = self.tokenizer
+                size = max(self.model.config.vocab_size, tokenizer.vocab_size)
+                self._vocabulary = Vocabulary(tokenizer.to_json(), size, tokenizer.eos_ids)
+            return self._vocabulary
+
+
+Key = TypeVar("Key")
+
+
+class Driver(Protocol):
+    """A thread that takes an LLM's steps."""
+
+    def wait_round(self) -> None:
+        """Waits until whatever has been submitted had a step, or has none to take."""
+
+    def close(self) -> None:
+        """Takes no more steps."""
 
 
 class DraftModel:
@@ -327,7 +510,7 @@ class DraftModel:
 
     def token_bytes(self, kv_dtype: str) -> int:
         """Bytes of keys and values of its own for a token."""
-        return 0 if self.shared else kv_bytes(self.model, kv_dtype)
+        return 0 if self.shared else kv_bytes(self.model.config, kv_dtype)
 
     def start(self, target: Runner, n_pages: int, kv_dtype: str) -> None:
         """Makes it ready, beside the runner that it drafts for."""
@@ -373,32 +556,29 @@ def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM) 
 T = TypeVar("T")
 
 
-class Later(Generic[T]):
-    """A value that a thread of its own makes; whoever needs it first waits for it, or gets its error."""
+class Tried(Generic[T]):
+    """What a function gave, or its error for whoever asks: without a tokenizer, ids in, ids out goes on."""
 
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
+    def __init__(self, function: Callable[[], T]) -> None:
         self._value: T
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
+        self._error: PronghornError | None = None
         try:
-            self._thread.start()
-        except RuntimeError:  # the system gives no more threads: then it is made at once
-            self._run()
-
-    def _run(self) -> None:
-        try:
-            self._value = self._make()
-        except BaseException as error:
+            self._value = function()
+        except PronghornError as error:
             self._error = error
 
     def get(self) -> T:
         """The value."""
-        if self._thread.ident:
-            self._thread.join()
         if self._error:
             raise self._error
         return self._value
+
+
+def check_stream(job: Job) -> None:
+    """Raises ParameterError for what cannot be streamed."""
+    params = job.generations[0].request.params
+    if params.best_of is not None and params.best_of > params.n:
+        raise ParameterError(f"best_of is {params.best_of}: which {params.n} are best is known at the end of a stream")
 
 
 def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
@@ -422,8 +602,8 @@ def check_options(
     """Raises ParameterError for what no model can make good."""
     if dtype not in DTYPES:
         raise ParameterError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
-    if kv_dtype not in ("auto", *KV_SIZES):
-        raise ParameterError(f"kv_dtype is {kv_dtype!r}: expected one of auto, {', '.join(KV_SIZES)}")
+    if kv_dtype not in ("auto", *KV_DTYPES):
+        raise ParameterError(f"kv_dtype is {kv_dtype!r}: expected one of auto, {', '.join(KV_DTYPES)}")
     if not isinstance(device, str):
         raise ParameterError(f"device is {device!r}: expected {DEVICES}")
     if device.startswith("cpu") and device != "cpu":
@@ -475,6 +655,12 @@ def runner_for(model: Model, weights: Module, device: str, threads: int | None, 
         raise ParameterError(f"device is {device!r}: expected {DEVICES} ({error})") from None
 
 
+def kv_bytes(config: Config, kv_dtype: str) -> int:
+    """Bytes of a token's keys and values in all layers; int8 ones have a scale of 4 bytes for each head."""
+    head = {"f32": 4 * config.head_dim, "bf16": 2 * config.head_dim, "int8": config.head_dim + 4}[kv_dtype]
+    return 2 * config.n_layers * config.n_kv_heads * head
+
+
 def pages_for(token_bytes: int, context: int, sequences: int, kv_memory: int | None) -> int:
     """Pages of KV cache: what `kv_memory` holds; or else a full context's, however little memory there is.
 
@@ -504,11 +690,19 @@ def free_memory() -> int:
     except (OSError, StopIteration):
         free = physical_memory() // 2
     try:
-        name = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-        group = Path("/sys/fs/cgroup" + name.rstrip())
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        groups = []  # there are none here
+    for _, controllers, name in groups:
+        if "memory" in controllers.split(","):  # version 1
+            root = Path("/sys/fs/cgroup/memory")
+        elif not controllers:
+            root = Path("/sys/fs/cgroup")
+        else:
+            continue
+        group = root / name.strip().lstrip("/")
+        # In a container, the folder that is seen as the root may be the group itself.
         free = min(free, *(room_of(folder) for folder in [group, *group.parents]))
-    except (OSError, StopIteration):
-        pass  # no such groups here
     room = resource.getrlimit(resource.RLIMIT_AS)[0]
     if room != resource.RLIM_INFINITY and (statm := Path("/proc/self/statm")).exists():
         free = min(free, room - int(statm.read_text().split()[0]) * resource.getpagesize())
@@ -516,20 +710,18 @@ def free_memory() -> int:
 
 
 def room_of(group: Path) -> float:
-    """Bytes that a control group (v2) may still take: what it holds of files can be read again, and counts as free."""
-    try:
-        limit, held = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        lines = map(str.split, (group / "memory.stat").read_text().splitlines())
-        files = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
-        return int(limit) - int(held) + files
-    except (OSError, ValueError):  # the root has no limit, nor has "max"
-        return math.inf
-
-
-def kv_bytes(model: Model, kv_dtype: str) -> int:
-    """Bytes of a token's keys and values."""
-    config = model.config
-    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * KV_SIZES[kv_dtype]
+    """Bytes that a control group may still take: what it holds of files can be read again, and counts as free."""
+    for limit, usage, names in (
+        ("memory.max", "memory.current", ("active_file", "inactive_file")),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),  # version 1
+    ):
+        try:
+            room, held = (int((group / name).read_text()) for name in (limit, usage))
+            lines = map(str.split, (group / "memory.stat").read_text().splitlines())
+            return room - held + sum(int(size) for name, size in lines if name in names)
+        except (OSError, ValueError):  # the root has no limit, nor has "max"
+            pass
+    return math.inf
 
 
 def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
@@ -553,9 +745,8 @@ def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
         own, target, how = form
         groups.setdefault((own, target, how), []).append((tensors[name].data.nbytes, size))
     weight_bytes = sum(size for sizes in groups.values() for _, size in sizes)
-    token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim
     lengths = [n for n in (2**i for i in range(7, 30)) if n < config.context] + [config.context]
-    kv_bytes = {dtype: {str(n): n * token_bytes * size for n in lengths} for dtype, size in KV_SIZES.items()}
+    kept = {dtype: {str(n): n * kv_bytes(config, dtype) for n in lengths} for dtype in KV_DTYPES}
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -575,8 +766,8 @@ def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
             for (own, target, how), sizes in groups.items()
         ],
         "weight_bytes": weight_bytes,
-        "kv_bytes": kv_bytes,
+        "kv_bytes": kept,
         "total_bytes": {
-            dtype: {length: weight_bytes + size for length, size in row.items()} for dtype, row in kv_bytes.items()
+            dtype: {length: weight_bytes + size for length, size in row.items()} for dtype, row in kept.items()
         },
     }

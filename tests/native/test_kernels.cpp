@@ -14,16 +14,19 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <cfenv>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <thread>
 
+#include "ahead.h"
 #include "gguf.h"
 #include "pack.h"
 #include "program.h"
@@ -871,11 +874,13 @@ void test_rotate(const Kernels& kernels, Report& report) {
   }
 }
 
+const char* const kKvNames[] = {"f32", "bf16", "int8"};
+
 // Sequences with pages in any order. What no token has written is NaN: no kernel may let it through.
 class Cache {
  public:
   Cache(Random& random, KvFormat format, i64 n_kv_heads, i64 head_dim, const std::vector<i64>& lengths)
-      : random_(random), format_(format), n_heads_(n_kv_heads), dim_(head_dim) {
+      : format_(format), n_heads_(n_kv_heads), dim_(head_dim) {
     for (i64 length : lengths) width_ = std::max(width_, div_up(length, kPage));
     width_ += random.in(0, 2);
     i64 n_pages = random.in(0, 2);
@@ -888,50 +893,85 @@ class Cache {
         table_.push_back(used ? pages.back() : -1);  // no such page
         if (used) pages.pop_back();
       }
-    size_ = n_pages * n_kv_heads * head_dim * kPage;
-    keys_ = std::make_unique<Guarded<std::uint8_t>>(size_ * bytes());
-    values_ = std::make_unique<Guarded<std::uint8_t>>(size_ * bytes());
+    group_ = format == KvFormat::f32 ? 1 : format == KvFormat::bf16 ? 2 : 4;
+    scales_ = format == KvFormat::int8 ? 4 * kPage : 0;
+    keys_ = div_up(dim_, group_) * kPage * 4;
+    head_ = round_up(2 * scales_ + keys_ + kPage / group_ * dim_ * 4, 64);
+    stride_ = n_heads_ * head_ + random.in(0, 2) * 64;  // other layers' parts
+    data_ = std::make_unique<Guarded<std::uint8_t>>((n_pages - 1) * stride_ + n_heads_ * head_);
   }
 
-  KvLayer layer() { return {keys_->data(), values_->data(), format_, n_heads_, dim_}; }
+  KvLayer layer() { return {data_->data(), format_, n_heads_, dim_, stride_}; }
   Rows rows(const std::vector<std::int32_t>& positions, const std::vector<std::int32_t>& sequence) const {
     return {static_cast<i64>(positions.size()), positions.data(), sequence.data(), table_.data(), width_};
   }
-  i64 key(i64 sequence, i64 position, i64 head, i64 d) const {
-    return ((page(sequence, position) * n_heads_ + head) * dim_ + d) * kPage + position % kPage;
+  double get(bool keys, i64 sequence, i64 position, i64 head, i64 d) const {
+    const i64 at = element(keys, sequence, position, head, d);
+    if (format_ == KvFormat::f32) return double{read<float>(at)};
+    if (format_ == KvFormat::bf16) return double{twin::bfloat(read<std::uint16_t>(at))};
+    return double{read<float>(scale(keys, sequence, position, head))} * (data_->data()[at] - 128);
   }
-  i64 value(i64 sequence, i64 position, i64 head, i64 d) const {
-    return ((page(sequence, position) * n_heads_ + head) * kPage + position % kPage) * dim_ + d;
+  // A token's keys or values of one head, rounded to the format.
+  void set(bool keys, i64 sequence, i64 position, i64 head, const float* x) {
+    float top = 0;
+    for (i64 d = 0; d < dim_; ++d) top = std::isnan(x[d]) || x[d] * 0 != 0 ? NAN : std::max(top, std::fabs(x[d]));
+    if (format_ == KvFormat::int8) write(scale(keys, sequence, position, head), top / 127);
+    // Keys are padded to whole groups, with zeros.
+    for (i64 d = 0; d < (keys ? round_up(dim_, group_) : dim_); ++d) {
+      const i64 at = element(keys, sequence, position, head, d);
+      const float v = d < dim_ ? x[d] : 0;
+      if (format_ == KvFormat::f32) write(at, v);
+      if (format_ == KvFormat::bf16) write(at, twin::to_bfloat(v));
+      if (format_ == KvFormat::int8)
+        write(at, static_cast<std::uint8_t>(top > 0 ? std::lrint(v * (127 / top)) + 128 : 128));
+    }
   }
-  float get(bool keys, i64 at) const {
-    const std::uint8_t* p = (keys ? keys_ : values_)->data() + at * bytes();
-    float f;
-    std::uint16_t b;
-    if (format_ == KvFormat::f32) return std::memcpy(&f, p, 4), f;
-    return std::memcpy(&b, p, 2), twin::bfloat(b);
+  void check_equal(Report& report, const Cache& want, const std::string& what) const {
+    for (i64 i = 0; i < data_->size(); ++i)
+      if (!report.expect(data_->data()[i] == want.data_->data()[i],
+                         [&] { return say("%s: byte %lld of the cache", what.c_str(), (long long)i); }))
+        return;
   }
-  void set(bool keys, i64 at, float x) {
-    std::uint8_t* p = (keys ? keys_ : values_)->data() + at * bytes();
-    const std::uint16_t b = twin::to_bfloat(x);
-    format_ == KvFormat::f32 ? std::memcpy(p, &x, 4) : std::memcpy(p, &b, 2);
-  }
-  i64 size() const { return size_; }
-  void check_zones(Report& report, const std::string& what) {
-    keys_->check_zones(report, what);
-    values_->check_zones(report, what);
+  void check_zones(Report& report, const std::string& what) { data_->check_zones(report, what); }
+  // The same pages, nothing written.
+  std::unique_ptr<Cache> empty() const {
+    auto copy = std::unique_ptr<Cache>(new Cache());
+    copy->format_ = format_, copy->n_heads_ = n_heads_, copy->dim_ = dim_, copy->width_ = width_;
+    copy->group_ = group_, copy->scales_ = scales_, copy->keys_ = keys_, copy->head_ = head_, copy->stride_ = stride_;
+    copy->table_ = table_;
+    copy->data_ = std::make_unique<Guarded<std::uint8_t>>(data_->size());
+    return copy;
   }
 
  private:
-  i64 bytes() const { return format_ == KvFormat::f32 ? 4 : 2; }
-  i64 page(i64 sequence, i64 position) const {
-    return table_[static_cast<std::size_t>(sequence * width_ + position / kPage)];
+  Cache() = default;
+  i64 part(i64 sequence, i64 position, i64 head) const {
+    return table_[static_cast<std::size_t>(sequence * width_ + position / kPage)] * stride_ + head * head_;
+  }
+  i64 scale(bool keys, i64 sequence, i64 position, i64 head) const {
+    return part(sequence, position, head) + (keys ? 0 : scales_ + keys_) + position % kPage * 4;
+  }
+  i64 element(bool keys, i64 sequence, i64 position, i64 head, i64 d) const {
+    const i64 slot = position % kPage;
+    const i64 place =
+        keys ? (d / group_ * kPage + slot) * group_ + d % group_ : (slot / group_ * dim_ + d) * group_ + slot % group_;
+    return part(sequence, position, head) + scales_ + (keys ? 0 : keys_ + scales_) + place * (4 / group_);
+  }
+  template <typename T>
+  T read(i64 at) const {
+    T x;
+    std::memcpy(&x, data_->data() + at, sizeof x);
+    return x;
+  }
+  template <typename T>
+  void write(i64 at, T x) {
+    std::memcpy(data_->data() + at, &x, sizeof x);
   }
 
-  Random& random_;
-  KvFormat format_;
-  i64 n_heads_, dim_, width_ = 0, size_ = 0;
+  KvFormat format_{};
+  i64 n_heads_ = 0, dim_ = 0, width_ = 0, group_ = 0, scales_ = 0, keys_ = 0, head_ = 0, stride_ = 0;
   std::vector<std::int32_t> table_;
-  std::unique_ptr<Guarded<std::uint8_t>> keys_, values_;
+  std::unique_ptr<Guarded<std::uint8_t>> data_;
 };
 
 // A batch: of each sequence a chunk of its last positions; one alone is a decoding step.
@@ -953,66 +993,101 @@ struct Chunks {
 
 void test_store_kv(const Kernels& kernels, Report& report) {
   Random random(32);
-  for (int trial = 0; trial < 200; ++trial) {
+  for (int trial = 0; trial < 300; ++trial) {
     const i64 head_dim = trial < 70 ? trial + 1 : random.pick<i64>({10, 16, 64, 80, 128}), n_kv_heads = random.in(1, 4);
-    const KvFormat format = random.pick({KvFormat::f32, KvFormat::bf16});
+    const KvFormat format = random.pick({KvFormat::f32, KvFormat::bf16, KvFormat::int8});
     const Chunks batch(random, 120);
     Cache got(random, format, n_kv_heads, head_dim, batch.lengths);
+    const auto want = got.empty();
     const i64 n = static_cast<i64>(batch.positions.size()), width = n_kv_heads * head_dim;
     const i64 k_stride = width + random.in(0, 3), v_stride = width + random.in(0, 3);
     Floats k(n * k_stride, Role::input, random.in(0, 3)), v(n * v_stride, Role::input, random.in(0, 3));
     for (i64 r = 0; r < n; ++r)
-      for (i64 i = 0; i < width; ++i) k[r * k_stride + i] = random.uniform(3), v[r * v_stride + i] = random.uniform(3);
+      for (i64 h = 0; h < n_kv_heads; ++h) {
+        const float size = random.pick({3.f, 3.f, 1e-5f, 0.f});
+        for (i64 i = h * head_dim; i < (h + 1) * head_dim; ++i)
+          k[r * k_stride + i] = random.uniform(size), v[r * v_stride + i] = random.uniform(size);
+      }
     const Rows rows = got.rows(batch.positions, batch.sequence);
     const i64 cut = random.in(0, n);
     kernels.store_kv(got.layer(), rows, k.data(), k_stride, v.data(), v_stride, 0, cut);
     kernels.store_kv(got.layer(), rows, k.data(), k_stride, v.data(), v_stride, cut, n);
-    const std::string what = say("%s head_dim %lld kv_heads %lld rows %lld", format == KvFormat::f32 ? "f32" : "bf16",
-                                 (long long)head_dim, (long long)n_kv_heads, (long long)n);
-    got.check_zones(report, what);
-    i64 written = 0;
     for (i64 r = 0; r < n; ++r)
-      for (i64 h = 0; h < n_kv_heads; ++h)
-        for (i64 d = 0; d < head_dim; ++d) {
-          const auto stored = [&](float x) { return format == KvFormat::f32 ? x : twin::bfloat(twin::to_bfloat(x)); };
-          const i64 s = batch.sequence[static_cast<std::size_t>(r)], p = batch.positions[static_cast<std::size_t>(r)];
-          report.near(double{got.get(true, got.key(s, p, h, d))}, double{stored(k[r * k_stride + h * head_dim + d])}, 0,
-                      [&] { return what + " key"; });
-          report.near(double{got.get(false, got.value(s, p, h, d))}, double{stored(v[r * v_stride + h * head_dim + d])},
-                      0, [&] { return what + " value"; });
-          ++written;
-        }
-    for (bool keys : {true, false}) {
-      i64 numbers = 0;
-      for (i64 i = 0; i < got.size(); ++i) numbers += !std::isnan(got.get(keys, i));
-      report.expect(numbers == written, [&] { return what + ": wrote where no token stands"; });
-    }
+      for (i64 h = 0; h < n_kv_heads; ++h) {
+        const i64 s = batch.sequence[static_cast<std::size_t>(r)], p = batch.positions[static_cast<std::size_t>(r)];
+        want->set(true, s, p, h, k.data() + r * k_stride + h * head_dim);
+        want->set(false, s, p, h, v.data() + r * v_stride + h * head_dim);
+      }
+    const std::string what = say("%s head_dim %lld kv_heads %lld rows %lld", kKvNames[int(format)], (long long)head_dim,
+                                 (long long)n_kv_heads, (long long)n);
+    got.check_zones(report, what);
+    got.check_equal(report, *want, what);
   }
+}
+
+// An int8 token that is not finite is NaN as a whole, and no other token is touched by it.
+void test_store_kv_not_finite(const Kernels& kernels, Report& report) {
+  Random random(35);
+  for (float bad : {NAN, INFINITY, -INFINITY}) {
+    Cache cache(random, KvFormat::int8, 2, 20, {3});
+    Floats k(3 * 40), v(3 * 40);
+    for (i64 i = 0; i < 3 * 40; ++i) k[i] = v[i] = random.uniform();
+    k[40 + 7] = v[40 + 27] = bad;  // row 1: of its keys head 0, of its values head 1
+    const std::vector<std::int32_t> positions{0, 1, 2}, sequence{0, 0, 0};
+    kernels.store_kv(cache.layer(), cache.rows(positions, sequence), k.data(), 40, v.data(), 40, 0, 3);
+    for (i64 p = 0; p < 3; ++p)
+      for (i64 h = 0; h < 2; ++h)
+        for (i64 d = 0; d < 20; ++d) {
+          report.expect(std::isnan(cache.get(true, 0, p, h, d)) == (p == 1 && h == 0), "a key that is not finite");
+          report.expect(std::isnan(cache.get(false, 0, p, h, d)) == (p == 1 && h == 1), "a value that is not finite");
+        }
+  }
+}
+
+// All of a batch's attention, in the shares of so many threads, one after the other, the last first.
+void attend_all(const Kernels& kernels, Attend attend, int threads) {
+  AttendPlan plan(attend.rows, attend.n_heads, attend.kv.n_kv_heads, attend.kv.head_dim, attend.window, threads);
+  Floats partials(std::max<i64>(1, plan.floats()), Role::output);
+  plan.place(partials.data());
+  const i64 y_stride = attend.y_stride;
+  float* y = attend.y;
+  Floats folded(attend.rows.n * y_stride, Role::output);
+  attend.y = folded.data();
+  for (int thread = threads; thread-- > 0;)
+    for (const Piece* p = plan.begin(thread); p < plan.end(thread); ++p) kernels.attend(attend, *p, scratch());
+  const i64 half = attend.rows.n / 2, n = static_cast<i64>(plan.partials().size());
+  kernels.merge(attend, plan.partials().data(), n, y, y_stride, half, attend.rows.n);
+  kernels.merge(attend, plan.partials().data(), n, y, y_stride, 0, half);
 }
 
 void test_attend(const Kernels& kernels, Report& report) {
   Random random(33);
-  for (int trial = 0; trial < 400; ++trial) {
+  for (int trial = 0; trial < 500; ++trial) {
     const i64 head_dim = trial < 130 ? trial + 1 : random.pick<i64>({10, 16, 64, 80, 128}),
               n_kv_heads = random.in(1, 3);
-    const i64 share = random.pick<i64>({1, 1, 2, 3, 4, 7, 8}), n_heads = n_kv_heads * share;
-    const KvFormat format = random.pick({KvFormat::f32, KvFormat::bf16});
-    const i64 window = random.pick<i64>({0, 0, 1, 5, 32, 33, 100});
+    const i64 share = trial == 300 ? 70 : random.pick<i64>({1, 1, 2, 3, 4, 7, 8}), n_heads = n_kv_heads * share;
+    const KvFormat format = random.pick({KvFormat::f32, KvFormat::bf16, KvFormat::int8});
+    const bool integers = format == KvFormat::int8;
+    const i64 window = random.pick<i64>({0, 0, 1, 5, 32, 33, 100, 200});
     // Even: all scores are 0 and the values are integers, so that a power of two of keys gives an exact mean.
     const bool even = random.in(0, 3) == 0;
-    const Chunks batch(random, trial % 10 == 9 ? 1100 : 100);
+    const Chunks batch(random, trial % 5 == 4 ? 1100 : 150);
     Cache cache(random, format, n_kv_heads, head_dim, batch.lengths);
+    std::vector<float> x(static_cast<std::size_t>(head_dim));
     for (i64 s = 0; s < static_cast<i64>(batch.lengths.size()); ++s)
       for (i64 p = 0; p < batch.lengths[static_cast<std::size_t>(s)]; ++p)
-        for (i64 h = 0; h < n_kv_heads; ++h)
-          for (i64 d = 0; d < head_dim; ++d) {
-            cache.set(true, cache.key(s, p, h, d), random.uniform(2));
-            cache.set(false, cache.value(s, p, h, d), even ? static_cast<float>(random.in(-8, 8)) : random.uniform(2));
-          }
+        for (i64 h = 0; h < n_kv_heads; ++h) {
+          for (float& v : x) v = random.uniform(2);
+          cache.set(true, s, p, h, x.data());
+          for (float& v : x) v = even ? static_cast<float>(random.in(-8, 8)) : random.uniform(2);
+          if (even && integers) x[0] = 127;  // then the scale is 1
+          cache.set(false, s, p, h, x.data());
+        }
     const i64 n = static_cast<i64>(batch.positions.size()), width = n_heads * head_dim;
     const i64 q_stride = width + random.in(0, 3), y_stride = width + random.in(0, 3);
+    const i64 states_stride = 2 * n_heads + random.in(0, 3);
     Floats q(n * q_stride, Role::input, random.in(0, 3)), y(n * y_stride, Role::output, random.in(0, 3)),
-        parts(n * y_stride, Role::output, 1);
+        parts(n * y_stride, Role::output, 1), states(n * states_stride, Role::output, 1);
     for (i64 r = 0; r < n; ++r)
       for (i64 i = 0; i < width; ++i) q[r * q_stride + i] = even ? 0 : random.uniform(2);
     const float scale = random.pick({1.f, 0.125f, 1 / std::sqrt(static_cast<float>(head_dim))});
@@ -1023,64 +1098,72 @@ void test_attend(const Kernels& kernels, Report& report) {
                   n_heads,
                   scale,
                   window,
+                  states.data(),
+                  states_stride,
                   y.data(),
                   y_stride};
-    kernels.attend(attend, 0, n * n_kv_heads, scratch());
-    const std::string what =
-        say("%s head_dim %lld heads %lld/%lld rows %lld sequences %zu window %lld%s",
-            format == KvFormat::f32 ? "f32" : "bf16", (long long)head_dim, (long long)n_heads, (long long)n_kv_heads,
-            (long long)n, batch.lengths.size(), (long long)window, even ? " even" : "");
+    attend_all(kernels, attend, 1);
+    const std::string what = say("%s head_dim %lld heads %lld/%lld rows %lld sequences %zu window %lld%s",
+                                 kKvNames[int(format)], (long long)head_dim, (long long)n_heads, (long long)n_kv_heads,
+                                 (long long)n, batch.lengths.size(), (long long)window, even ? " even" : "");
     y.check_zones(report, what);
+    states.check_zones(report, what);
     bool good = true;
     for (i64 r = 0; r < n && good; ++r) {
       const i64 s = batch.sequence[static_cast<std::size_t>(r)], p = batch.positions[static_cast<std::size_t>(r)],
                 first = window ? std::max<i64>(0, p - window + 1) : 0;
+      for (i64 i = width; i < y_stride; ++i)
+        report.expect(y.untouched(r * y_stride + i), [&] { return what + ": wrote between the rows"; });
+      if (n > 60 && r % 7 && r + 1 < n) continue;  // the twin is slow
       for (i64 h = 0; h < n_heads && good; ++h) {
         const i64 kv = h / share, keys = p - first + 1;
         std::vector<double> weights;
-        double score_error = 0, largest = -INFINITY, total = 0;
+        double score_error = 0, largest = -INFINITY, total = 0, top_q = 0, top_v = 0;
+        for (i64 d = 0; d < head_dim; ++d)
+          top_q = std::max(top_q, std::fabs(double{q[r * q_stride + h * head_dim + d]}));
         for (i64 j = first; j <= p; ++j) {
-          double score = 0, size = 0;
+          double score = 0, size = 0, rounding = 0;
           for (i64 d = 0; d < head_dim; ++d) {
-            const double term = double{q[r * q_stride + h * head_dim + d]} *
-                                double{cache.get(true, cache.key(s, j, kv, d))} * double{scale};
+            const double key = cache.get(true, s, j, kv, d) * double{scale};
+            const double term = double{q[r * q_stride + h * head_dim + d]} * key;
             score += term;
             size += std::fabs(term);
+            rounding += top_q / 32000 * std::fabs(key);  // queries in 15 bits
+            top_v = std::max(top_v, std::fabs(cache.get(false, s, j, kv, d)));
           }
           weights.push_back(score);
-          score_error = std::max(score_error, double(head_dim + 3) * kUnit * size + 2 * kUnit * std::fabs(score));
+          const double error = double(head_dim + 3) * kUnit * size + 2 * kUnit * std::fabs(score);
+          score_error = std::max(score_error, integers ? rounding + 8 * kUnit * size : error);
           largest = std::max(largest, score);
         }
         for (double& w : weights) total += w = std::exp(w - largest);
         for (i64 d = 0; d < head_dim && good; ++d) {
           double want = 0, size = 0;
           for (i64 j = first; j <= p; ++j) {
-            const double term = weights[static_cast<std::size_t>(j - first)] / total *
-                                double{cache.get(false, cache.value(s, j, kv, d))};
+            const double term = weights[static_cast<std::size_t>(j - first)] / total * cache.get(false, s, j, kv, d);
             want += term;
             size += std::fabs(term);
           }
           // A weight exp(s - m) is off by twice a score's error, the difference's rounding (|s - m| is under 2^8
-          // here) and a few of exp's own; numerator and denominator each sum `keys` terms, page by page, and
-          // every page's merge rescales both.
-          const double relative = 4 * score_error + (2 * double(keys) + 8 * double(keys / kPage + 2) + 2 * 64) * kUnit;
-          const bool exact = keys == 1 || (even && (keys & (keys - 1)) == 0);
-          good = report.near(double{y[r * y_stride + h * head_dim + d]}, want, exact ? 0 : relative * size, [&] {
+          // here) and a few of exp's own; numerator and denominator each sum `keys` terms, block by block, and
+          // every block's merge rescales both. In integers the weights are rounded to 15 bits of their largest.
+          const double relative = 4 * score_error + (2 * double(keys) + 8 * double(keys / kBlock + 2) + 2 * 64) * kUnit;
+          const bool exact = !integers && (keys == 1 || (even && (keys & (keys - 1)) == 0));
+          double tolerance = exact ? 0 : relative * size;
+          if (integers) tolerance = even ? 16 * kUnit * size : tolerance + double(keys) / total * top_v / 32000;
+          good = report.near(double{y[r * y_stride + h * head_dim + d]}, want, tolerance, [&] {
             return say("%s: position %lld head %lld value %lld%s", what.c_str(), (long long)p, (long long)h,
                        (long long)d, exact ? " exact" : "");
           });
         }
       }
-      for (i64 i = width; i < y_stride; ++i)
-        report.expect(y.untouched(r * y_stride + i), [&] { return what + ": wrote between the rows"; });
     }
-    // One answer: items in two ranges; and a row alone in its batch, while all the others' queries are NaN.
+    // One answer: on several threads; and a row alone in its batch, while all the others' queries, and all keys and
+    // values that it does not see, are NaN.
     attend.y = parts.data();
-    const i64 cut = random.in(0, n * n_kv_heads);
-    kernels.attend(attend, 0, cut, scratch());
-    kernels.attend(attend, cut, n * n_kv_heads, scratch());
-    report.expect(parts.same_bits(y),
-                  [&] { return say("%s: differs in items [0,%lld)", what.c_str(), (long long)cut); });
+    const int threads = static_cast<int>(random.in(2, 9));
+    attend_all(kernels, attend, threads);
+    report.expect(parts.same_bits(y), [&] { return say("%s: differs on %d threads", what.c_str(), threads); });
     const i64 row = random.in(0, n - 1);
     const auto same_row = [&](const float* alone) {
       return same_bits(alone, y.data() + row * y_stride, static_cast<std::size_t>(width));
@@ -1092,15 +1175,56 @@ void test_attend(const Kernels& kernels, Report& report) {
     one.rows = cache.rows(position, sequence);
     one.q = q.data() + row * q_stride;
     one.y = alone.data();
-    kernels.attend(one, 0, n_kv_heads, scratch());
+    attend_all(kernels, one, static_cast<int>(random.in(1, 3)));
     report.expect(same_row(alone.data()),
                   [&] { return say("%s: row %lld differs when alone", what.c_str(), (long long)row); });
     for (i64 r = 0; r < n; ++r)
       for (i64 i = 0; i < width; ++i)
         if (r != row) q[r * q_stride + i] = NAN;
-    kernels.attend(attend, 0, n * n_kv_heads, scratch());
+    for (float& v : x) v = NAN;
+    for (i64 s = 0; s < static_cast<i64>(batch.lengths.size()); ++s)
+      for (i64 p = 0; p < batch.lengths[static_cast<std::size_t>(s)]; ++p)
+        if (s != sequence[0] || p > position[0] || (window && p <= position[0] - window))
+          for (i64 h = 0; h < n_kv_heads; ++h) cache.set(true, s, p, h, x.data()), cache.set(false, s, p, h, x.data());
+    attend_all(kernels, attend, threads);
     report.expect(same_row(parts.data() + row * y_stride),
                   [&] { return say("%s: row %lld differs beside rows of NaN", what.c_str(), (long long)row); });
+  }
+}
+
+// Shares are even, and together everything once.
+void test_attend_plan(Report& report) {
+  Random random(36);
+  for (int trial = 0; trial < 60; ++trial) {
+    const Chunks batch(random, trial % 2 ? 3000 : 100);
+    const i64 n = static_cast<i64>(batch.positions.size()), n_kv_heads = random.in(1, 4), repeat = random.in(1, 60);
+    const i64 window = random.pick<i64>({0, 0, 1, 130, 500});
+    const int threads = static_cast<int>(random.in(1, 9));
+    const Rows rows{n, batch.positions.data(), batch.sequence.data(), nullptr, 0};
+    AttendPlan plan(rows, n_kv_heads * repeat, n_kv_heads, 8, window, threads);
+    std::vector<float> memory(static_cast<std::size_t>(plan.floats()));
+    plan.place(memory.data());
+    std::map<std::array<i64, 3>, int> seen;  // row, head, block
+    i64 most = 0, total = 0, longest = 0;
+    for (int thread = 0; thread < threads; ++thread) {
+      i64 share = 0;
+      for (const Piece* p = plan.begin(thread); p < plan.end(thread); ++p) {
+        report.expect(p->begin < p->end && p->n_rows > 0, "a piece is empty");
+        for (i64 r = p->row; r < p->row + p->n_rows; ++r)
+          for (i64 b = p->begin; b < p->end; ++b) ++seen[{r, p->head, b}];
+        const bool begins = p->begin == blocks_of(batch.positions[static_cast<std::size_t>(p->row)], window).begin;
+        report.expect(begins == (p->partials == nullptr), "a tile's first piece, and no other, folds");
+        const i64 cost = p->n_rows * repeat + 4;
+        share += (p->end - p->begin) * cost, longest = std::max(longest, cost);
+      }
+      most = std::max(most, share), total += share;
+    }
+    report.expect(most <= total / threads + 2 * longest, "a share is too large");
+    for (i64 r = 0; r < n; ++r)
+      for (i64 h = 0; h < n_kv_heads; ++h) {
+        const Blocks blocks = blocks_of(batch.positions[static_cast<std::size_t>(r)], window);
+        for (i64 b = blocks.begin; b < blocks.end; ++b) report.expect(seen[{r, h, b}] == 1, "a block is read once");
+      }
   }
 }
 
@@ -1289,14 +1413,14 @@ void test_pool(Report& report) {
 // A block of a model over all formats, as the program runs it on several threads: the same bits on each number of
 // threads, and for a prompt whole, in chunks, or beside another sequence. Also what the thread sanitizer looks at.
 void test_program(Report& report) {
-  constexpr i64 kVocabulary = 37, kEmbd = 40, kHidden = 72, kHeads = 4, kKvHeads = 2, kDim = 10, kTokens = 45;
+  constexpr i64 kVocabulary = 37, kEmbd = 40, kHidden = 72, kHeads = 4, kKvHeads = 2, kDim = 10, kTokens = 290;
   Random random(52);
   Pool packer(2);
   std::vector<std::unique_ptr<Guarded<std::uint8_t>>> data;
   Floats norm(kEmbd);
   for (i64 i = 0; i < kEmbd; ++i) norm[i] = 1 + random.uniform(0.5f);
 
-  Program program(64, kVocabulary);
+  Program program(300, kVocabulary);
   const auto matrix = [&](Format format, i64 group, i64 n_out, i64 n_in) {
     Floats w(n_out * n_in);
     for (i64 i = 0; i < w.size(); ++i) w[i] = random.uniform(0.3f);
@@ -1334,9 +1458,10 @@ void test_program(Report& report) {
   std::vector<std::int32_t> ids;
   for (i64 i = 0; i < kTokens; ++i) ids.push_back(static_cast<std::int32_t>(random.in(0, kVocabulary - 1)));
   // The last token's logits, with the prompt in chunks that end where `ends` says; `beside`: another sequence's token.
-  const auto logits = [&](Pool& pool, const std::vector<i64>& ends, bool beside) {
-    const KvCache cache(layer, 6, kKvHeads, kDim, KvFormat::f32);
-    const std::int32_t pages[] = {4, 1, 0, 3};  // two sequences of two pages
+  const auto logits = [&](Pool& pool, KvFormat format, const std::vector<i64>& ends, bool beside) {
+    const KvCache cache(layer, 12, kKvHeads, kDim, format);
+    // Two sequences; the first is more than two blocks long.
+    const std::int32_t pages[] = {4, 1, 0, 11, 9, 8, 7, 5, 2, 6, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     std::vector<float> last;
     i64 begin = 0;
     for (i64 end : ends) {
@@ -1352,7 +1477,7 @@ void test_program(Report& report) {
                         static_cast<i64>(token_ids.size()),
                         pages,
                         2,
-                        2,
+                        10,
                         &row,
                         1};
       const float* out = program.run(batch, cache, pool);
@@ -1362,17 +1487,20 @@ void test_program(Report& report) {
     return last;
   };
   Pool alone(1);
-  const std::vector<float> want = logits(alone, {kTokens}, false);
-  for (float z : want) report.expect(std::isfinite(z), "a logit is not finite");
-  for (int n : {1, 2, 3, 5}) {
-    Pool pool(n);
-    for (const std::vector<i64>& ends : {std::vector<i64>{kTokens}, {17, kTokens}, {32, 44, kTokens}})
-      for (bool beside : {false, true}) {
-        const std::vector<float> got = logits(pool, ends, beside && ends.size() < 3);
-        report.expect(same_bits(got.data(), want.data(), got.size()), [&] {
-          return say("%d threads, %zu chunks%s: other logits", n, ends.size(), beside ? ", in company" : "");
-        });
-      }
+  for (KvFormat format : {KvFormat::f32, KvFormat::bf16, KvFormat::int8}) {
+    const std::vector<float> want = logits(alone, format, {kTokens}, false);
+    for (float z : want) report.expect(std::isfinite(z), "a logit is not finite");
+    for (int n : {1, 2, 3, 5}) {
+      Pool pool(n);
+      for (const std::vector<i64>& ends : {std::vector<i64>{kTokens}, {130, kTokens}, {32, 128, kTokens - 1, kTokens}})
+        for (bool beside : {false, true}) {
+          const std::vector<float> got = logits(pool, format, ends, beside && ends.size() < 3);
+          report.expect(same_bits(got.data(), want.data(), got.size()), [&] {
+            return say("%s KV, %d threads, %zu chunks%s: other logits", kKvNames[int(format)], n, ends.size(),
+                       beside ? ", in company" : "");
+          });
+        }
+    }
   }
 }
 
@@ -1400,6 +1528,45 @@ void test_fork(Report& report) {
   report.expect(calls == 2, "the parent's pool is broken by a fork");
 #else
   report.expect(true, "");
+#endif
+}
+
+// Files read ahead: the checksum of one thread, however many read, and whether or not anyone waits for them.
+void test_ahead(Report& report) {
+  constexpr i64 kMegabyte = 1 << 20;
+  std::vector<std::uint8_t> data(static_cast<std::size_t>(5 * kMegabyte + 77));
+  std::uint32_t state = 1;
+  for (std::uint8_t& byte : data) byte = static_cast<std::uint8_t>((state = state * 1664525 + 1013904223) >> 24);
+  for (i64 size : {i64{0}, i64{1}, i64{63}, i64{64}, kMegabyte - 1, kMegabyte, kMegabyte + 1, 5 * kMegabyte + 76}) {
+    const std::uint8_t* at = data.data() + 1;
+    const std::uint64_t sum = checksum(at, size);
+    for (int threads : {0, 1, 3, 9}) {
+      report.expect(ReadAhead(at, size, true, threads).finish() == sum, [&] {
+        return say("%d threads sum up %ld bytes to another checksum", threads, static_cast<long>(size));
+      });
+      ReadAhead(at, size, true, threads);  // not waited for
+      ReadAhead(at, size, false, threads).finish();
+    }
+    if (size == 0) continue;
+    for (const i64 wrong : {i64{0}, size / 2, size - 1}) {
+      data[static_cast<std::size_t>(1 + wrong)] ^= 0x40;
+      report.expect(checksum(at, size) != sum, "a bit more or less gives the same checksum");
+      data[static_cast<std::size_t>(1 + wrong)] ^= 0x40;
+    }
+    report.expect(checksum(at, size - 1) != sum, "a byte less gives the same checksum");
+  }
+#ifndef __SANITIZE_THREAD__
+  auto ahead = std::make_unique<ReadAhead>(data.data(), 5 * kMegabyte, true, 2);
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    const bool same = ahead->finish() == checksum(data.data(), 5 * kMegabyte);
+    ahead.reset();
+    _exit(same ? 7 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  report.expect(WIFEXITED(status) && WEXITSTATUS(status) == 7, "a forked child waits for threads that it has not");
 #endif
 }
 
@@ -1444,6 +1611,7 @@ const Test kTests[] = {
     {"gate_and_add", test_gate_and_add},
     {"rotate", test_rotate},
     {"store_kv", test_store_kv},
+    {"store_kv_not_finite", test_store_kv_not_finite},
     {"attend", test_attend},
     {"arg_max", test_arg_max},
     {"sum_exp", test_sum_exp},
@@ -1454,8 +1622,8 @@ struct PlainTest {
   void (*run)(Report&);
 };
 
-const PlainTest kPlainTests[] = {
-    {"pack", test_pack}, {"pool", test_pool}, {"program", test_program}, {"fork", test_fork}};
+const PlainTest kPlainTests[] = {{"pack", test_pack},       {"pool", test_pool}, {"attend_plan", test_attend_plan},
+                                 {"program", test_program}, {"fork", test_fork}, {"ahead", test_ahead}};
 
 }  // namespace
 

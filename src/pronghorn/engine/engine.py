@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 from pronghorn import _native
+from pronghorn.engine.grammar import Mask, Masks
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
@@ -15,13 +17,27 @@ from pronghorn.errors import ParameterError, PromptError, PronghornError
 from pronghorn.ops import PAGE, Batch, Runner
 
 
+class Stats(NamedTuple):
+    """Where an engine stands; what is counted is counted from its beginning."""
+
+    running: int  # requests that hold pages
+    waiting: int
+    pages: int  # of the KV cache
+    held_pages: int  # that requests hold; others may keep contents for the prefix cache
+    steps: int
+    prompt_tokens: int  # of the requests that were let in
+    cached_tokens: int  # of these, not computed, as the prefix cache or another sample had them
+    generated_tokens: int
+    preemptions: int
+
+
 class Engine:
     """Runs requests on a runner with `n_pages` pages of KV cache.
 
     `context`: tokens that a sequence may have, prompt and output; fewer pages make it shorter. `vocabulary`: logits
     in a row. `max_tokens`: tokens that a step may compute, as the runner was built for. `prefix_cache=False` never
     reads a page that another request has computed; `use_cache=False` computes every sequence from its beginning for
-    each of its tokens. Neither changes a token.
+    each of its tokens. Neither changes a token. `clock` gives seconds, for deadlines and for the pace of prompts.
     """
 
     def __init__(
@@ -35,16 +51,26 @@ class Engine:
         max_sequences: int = 64,
         prefix_cache: bool = True,
         use_cache: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.runner = runner
+        self.clock = clock
         self.context = min(context, n_pages * PAGE)
         shorter = f" (kv_memory; the model's is {context})" if self.context < context else ""
         self.holds = f"the context holds {self.context}{shorter}"  # for messages
         self.vocabulary = vocabulary
         self.use_cache = use_cache
         self.pool = PagePool(n_pages, prefix_cache=prefix_cache and use_cache)
-        self.scheduler = Scheduler(self.pool, max_tokens=max_tokens, max_sequences=max_sequences)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_tokens=max_tokens,
+            max_sequences=max_sequences,
+            copy_page=runner.copy_page if use_cache else None,
+        )
         self.speculator: Speculator | None = None
+        self.masks: Masks[Request] = Masks()
+        self._timed: dict[Request, float] = {}  # the deadlines of those that have one
+        self._n_steps = self._n_generated = 0
 
     def speculate(self, draft: Draft, *, lengths: int | None = None) -> None:
         """Has tokens drafted, which changes none of them; `lengths` fixes how many, else what pays is found out."""
@@ -73,34 +99,65 @@ class Engine:
         request.sampler = sampler(params, request.seed, request.stop_ids)
         n_new = self.context if params.max_tokens is None else params.max_tokens
         request.limit = min(self.context, request.n_prompt + n_new)
-        self.scheduler.waiting.append(request)
+        self.scheduler.add(request)
+        if request.deadline is not None:
+            self._timed[request] = request.deadline
 
     def step(self) -> list[Request]:
-        """Schedules, runs, samples, commits -> the requests that have one more token (or failed)."""
+        """Schedules, runs, samples, commits -> the requests that have one more token, or have ended."""
+        started = self.clock()
+        advanced = self._expire(started)
         work = self.scheduler.schedule()
         if not work:
             if self.scheduler.waiting:
                 raise PronghornError("the KV cache's pages are all held by others: nothing can run")
-            return []
+            return advanced
+        n_decoding = sum(request.n_left == 1 for request, _ in work)
         drafts = self.speculator.propose(work) if self.speculator else {}
-        logits = self._run(work, drafts)
-        advanced: list[Request] = []
+        batch = self._batch(work, drafts)
+        masks = self.masks.start(
+            {request: request.grammar for request, n in work if request.grammar and n == request.n_left}
+        )
+        try:
+            logits = self._run(batch)
+        finally:  # they were computed meanwhile
+            allowed = masks()
         row = 0
         for request, n_tokens in work:
+            row = self._prompt_logprobs(request, n_tokens, logits, row)
             self._commit(request, n_tokens)
             if request.n_computed == len(request.token_ids):
-                self._sample(request, logits, row)
+                self._sample(request, logits, row, allowed.get(request))
                 row += 1
                 if proposal := drafts.get(request):
                     self._verify(proposal, logits, row)
                     row += len(proposal.token_ids)
                 advanced.append(request)
+        self._n_steps += 1
+        if not drafts:
+            self.scheduler.pace.note(n_decoding, len(batch.token_ids) - n_decoding, self.clock() - started)
         return advanced
+
+    def stats(self) -> Stats:
+        """See Stats. Any thread may ask, at any time."""
+        scheduler, pool = self.scheduler, self.pool
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages=pool.n_pages,
+            held_pages=pool.n_pages - pool.n_free,
+            steps=self._n_steps,
+            prompt_tokens=scheduler.n_prompt,
+            cached_tokens=scheduler.n_cached,
+            generated_tokens=self._n_generated,
+            preemptions=scheduler.n_preempted,
+        )
 
     def finish(self, request: Request, reason: str) -> None:
         """Ends a request, in whatever state it is, and frees its pages; no effect on one that has ended."""
         if request.finish_reason is None:
             request.finish_reason = reason
+            self._timed.pop(request, None)
             self.scheduler.remove(request)
 
     def logits(self, ids: array[int], *, n_rows: int = 64) -> Iterator[memoryview]:
@@ -125,9 +182,8 @@ class Engine:
         finally:
             self.pool.release(pages)
 
-    def _run(self, work: list[tuple[Request, int]], drafts: Mapping[Request, Proposal]) -> memoryview:
-        """The step's logits: after each request's last token, and after each that is drafted for it."""
-        batch = self._batch(work, drafts)
+    def _run(self, batch: Batch) -> memoryview:
+        """The batch's logits; what decoding takes, the speculator learns."""
         if not self.speculator or len(batch.logits_rows) < len(batch.token_ids):
             return self.runner.run(batch)
         started = time.perf_counter()
@@ -138,12 +194,15 @@ class Engine:
     def _batch(self, work: list[tuple[Request, int]], drafts: Mapping[Request, Proposal]) -> Batch:
         batch = Batch(table_width=max(len(request.pages) for request, _ in work))
         for row, (request, n_tokens) in enumerate(work):
-            start, end = request.n_computed, request.n_computed + n_tokens
+            start, end, at = request.n_computed, request.n_computed + n_tokens, len(batch.token_ids)
             batch.token_ids.extend(request.token_ids[start:end])
             batch.positions.extend(range(start, end))
             batch.sequence.extend([row] * n_tokens)
             batch.page_table.extend(request.pages)
             batch.page_table.extend([0] * (batch.table_width - len(request.pages)))
+            if request.wants_prompt:
+                wanted = prompt_rows(request, start, end)
+                batch.logits_rows.extend(range(wanted.start + at, wanted.stop + at))
             if end == len(request.token_ids):
                 batch.logits_rows.append(len(batch.token_ids) - 1)
             for token_id in drafts[request].token_ids if request in drafts else ():
@@ -165,20 +224,54 @@ class Engine:
         assert self.speculator
         self.speculator.verified(proposal, n_right)
 
-    def _sample(self, request: Request, logits: memoryview, row: int) -> None:
+    def _expire(self, now: float) -> list[Request]:
+        """Ends what has passed its deadline -> these requests. What they have by now they keep."""
+        expired = [request for request, deadline in self._timed.items() if deadline <= now]
+        for request in expired:
+            self.finish(request, "timeout")
+        return expired
+
+    def _prompt_logprobs(self, request: Request, n_tokens: int, logits: memoryview, row: int) -> int:
+        """Notes what a chunk says of the prompt's own tokens -> the row after it."""
+        if request.wants_prompt:
+            n_top = request.params.prompt_logprobs or 0
+            start = request.n_computed
+            for index in prompt_rows(request, start, start + n_tokens):
+                token_id = request.token_ids[start + index + 1]
+                try:
+                    found = _native.log_probabilities(logits, row, self.vocabulary, token_id, n_top)
+                except ValueError as error:  # it fails where it would be sampled
+                    request.error = PronghornError(f"token {start + index} of the prompt: {error}")
+                else:
+                    request.prompt_logprobs.append(Logprob(token_id, found[0][1], found[1:]))
+                row += 1
+        return row
+
+    def _sample(
+        self, request: Request, logits: memoryview, row: int, allowed: Mask | PronghornError | None = None
+    ) -> None:
         params, ids = request.params, request.token_ids
         try:
-            token_id = request.sampler.choose(logits, row, self.vocabulary, ids, request.n_prompt)
-            if params.logprobs is not None:
-                found = _native.log_probabilities(logits, row, self.vocabulary, token_id, params.logprobs)
+            if request.error:
+                raise request.error
+            if isinstance(allowed, PronghornError):
+                raise allowed
+            if request.grammar and allowed is None:
+                allowed = request.grammar.mask()
+            token_id = request.sampler.choose(logits, row, self.vocabulary, ids, request.n_prompt, allowed)
+            if params.logprobs is not None or params.best_of is not None:
+                found = _native.log_probabilities(logits, row, self.vocabulary, token_id, params.logprobs or 0)
                 request.logprobs.append(Logprob(token_id, found[0][1], found[1:]))
-        except ValueError as error:  # logits that are not finite: this request fails, and no other
-            request.error = PronghornError(f"token {len(ids)}: {error}")
+            if request.grammar and token_id not in request.stop_ids:
+                request.grammar.advance(token_id)
+        except (ValueError, PronghornError) as error:  # such as logits that are not finite: no other request minds
+            request.error = request.error or PronghornError(f"token {len(ids)}: {error}")
             return self.finish(request, "error")
         ids.append(token_id)
+        self._n_generated += 1
         if not self.use_cache:
             request.n_computed = 0
-        if token_id in request.stop_ids:
+        if token_id in request.stop_ids or (request.grammar and request.grammar.complete):
             self.finish(request, "stop")
         elif len(ids) >= request.limit:
             self.finish(request, "length")
@@ -199,3 +292,8 @@ class Engine:
                 f"token {index} of the prompt is {token_ids[index]}: outside of the vocabulary "
                 f"(0 to {self.vocabulary - 1})"
             )
+
+
+def prompt_rows(request: Request, start: int, end: int) -> range:
+    """The tokens of a chunk whose logits tell the log-probabilities of the prompt's tokens, counted from its start."""
+    return range(max(start, len(request.prompt_logprobs)) - start, max(min(end, request.n_prompt - 1) - start, 0))

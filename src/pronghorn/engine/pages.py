@@ -51,6 +51,15 @@ class PagePool:
             pages.append(page)
         return pages
 
+    def hold(self, pages: Iterable[int]) -> None:
+        """One more hold on each page; somebody holds them already."""
+        for page in pages:
+            self._holders[page] += 1
+
+    def is_shared(self, page: int) -> bool:
+        """Whether a page has several holders: then it is read, and not written."""
+        return self._holders[page] > 1
+
     def release(self, pages: Iterable[int]) -> None:
         """Gives up one hold on each page, last page first: a chain is forgotten from its end."""
         for page in reversed(list(pages)):

@@ -8,12 +8,14 @@ from operator import index
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
+from pronghorn.engine.grammar import FORMS
 from pronghorn.errors import ParameterError
 
 if TYPE_CHECKING:
     from pronghorn import _native
 
 INF, NAN = float("inf"), float("nan")
+MOST_SAMPLES = 128  # of one prompt
 
 
 class SamplingParams:
@@ -37,7 +39,15 @@ class SamplingParams:
     `seed` None takes a fresh one, which the output names. `max_tokens` None runs to the end of the context.
     `stop` ends generation at any of these strings, which are not shown; `stop_token_ids` end it like
     end-of-sequence, which `ignore_eos` disregards. `logprobs` n gives the logarithms of the probabilities (before
-    any of the above) of the chosen token and of the n likeliest.
+    any of the above) of the chosen token and of the n likeliest; `prompt_logprobs` n of each token of the prompt.
+
+    `n` samples are made of one prompt, which is computed once: sample i has the seed plus i, so the first is the one
+    that would be made alone. With `best_of`, so many are made, and the n with the highest mean logarithm of their
+    tokens' probabilities are given, best first.
+
+    One of these gives the output a form (the extra `structured`; the end-of-sequence token comes where it may end):
+    `json_schema` (a dict, or its text), `regex` (Rust's: the whole text matches it), `grammar` (in Lark's language, as
+    llguidance reads it), `choice` (one of these strings).
 
     >>> SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, seed=1)
     SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, seed=1)
@@ -48,9 +58,9 @@ class SamplingParams:
     """
 
     __slots__ = (
-        "frequency_penalty", "ignore_eos", "logit_bias", "logprobs", "max_tokens", "min_p", "min_tokens",
-        "presence_penalty", "repetition_penalty", "seed", "stop", "stop_token_ids", "temperature", "top_k",
-        "top_p",
+        "best_of", "choice", "frequency_penalty", "grammar", "ignore_eos", "json_schema", "logit_bias", "logprobs",
+        "max_tokens", "min_p", "min_tokens", "n", "presence_penalty", "prompt_logprobs", "regex",
+        "repetition_penalty", "seed", "stop", "stop_token_ids", "temperature", "top_k", "top_p",
     )  # fmt: skip
 
     max_tokens: int | None
@@ -68,6 +78,13 @@ class SamplingParams:
     ignore_eos: bool
     min_tokens: int
     logprobs: int | None
+    prompt_logprobs: int | None
+    n: int
+    best_of: int | None
+    json_schema: str | None
+    regex: str | None
+    grammar: str | None
+    choice: tuple[str, ...] | None
 
     def __init__(
         self,
@@ -87,6 +104,13 @@ class SamplingParams:
         ignore_eos: bool = False,
         min_tokens: int = 0,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        n: int = 1,
+        best_of: int | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Iterable[str] | None = None,
     ) -> None:
         put = object.__setattr__
         max_tokens = None if max_tokens is None else whole("max_tokens", max_tokens, 1)
@@ -112,6 +136,20 @@ class SamplingParams:
         if max_tokens is not None and min_tokens > max_tokens:
             raise ParameterError(f"min_tokens is {min_tokens}: more than max_tokens, which is {max_tokens}")
         put(self, "logprobs", None if logprobs is None else whole("logprobs", logprobs, 0, 100))
+        n_top = None if prompt_logprobs is None else whole("prompt_logprobs", prompt_logprobs, 0, 100)
+        put(self, "prompt_logprobs", n_top)
+        put(self, "n", whole("n", n, 1, MOST_SAMPLES))
+        put(self, "best_of", None if best_of is None else whole("best_of", best_of, self.n, MOST_SAMPLES))
+        put(self, "json_schema", None if json_schema is None else schema(json_schema))
+        put(self, "regex", None if regex is None else source("regex", regex))
+        put(self, "grammar", None if grammar is None else source("grammar", grammar))
+        put(self, "choice", None if choice is None else choices(choice))
+        if forms := [name for name in FORMS if getattr(self, name) is not None]:
+            if len(forms) > 1:
+                raise ParameterError(f"{forms[1]} is given beside {forms[0]}: the output has one form")
+            if self.ignore_eos or self.min_tokens:
+                name = "ignore_eos" if self.ignore_eos else "min_tokens"
+                raise ParameterError(f"{name} is given beside {forms[0]}, which says where the output ends")
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"SamplingParams are immutable: use replace({name}=...)")
@@ -214,6 +252,35 @@ def strings(values: object) -> tuple[str, ...]:
     result = tuple(values) if isinstance(values, Iterable) else (None,)
     if not all(isinstance(value, str) and value for value in result):
         raise ParameterError(f"stop is {values!r}: expected a string or a list of strings, none of them empty")
+    return result
+
+
+def schema(value: object) -> str:
+    """A JSON schema as text; whether it is a good one is seen where it is used."""
+    import json
+
+    try:
+        found = json.loads(value) if isinstance(value, (str, bytes)) else value
+        text = json.dumps(dict(found) if isinstance(found, Mapping) else found, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ParameterError(f"json_schema is no JSON: {error}") from None
+    if not isinstance(found, (Mapping, bool)):
+        raise ParameterError(f"json_schema is {text[:40]}: expected an object")
+    return text
+
+
+def source(name: str, value: object) -> str:
+    """The value as a text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise ParameterError(f"{name} is {value!r}: expected a string that is not empty")
+    return value
+
+
+def choices(values: object) -> tuple[str, ...]:
+    """The values as texts to choose from."""
+    result = () if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) else tuple(values)
+    if not result or not all(isinstance(value, str) and value for value in result):
+        raise ParameterError(f"choice is {values!r}: expected a list of strings, none of them empty")
     return result
 
 

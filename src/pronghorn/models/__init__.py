@@ -30,7 +30,8 @@ def model_for(config: dict[str, Any], what: str = "config.json") -> Model:
 def model_of(checkpoint: Checkpoint) -> tuple[Model, dict[str, Tensor]]:
     """The checkpoint's model, and its tensors by parameter name. Every error names the file."""
     file = checkpoint.files[0]
-    what = file if checkpoint.format == "gguf" else file.parent / "config.json"
+    sizes = {"tensorflow": "hparams.json", "meta": "params.json"}.get(checkpoint.format, "config.json")
+    what = file if checkpoint.format in ("gguf", "llama2.c") else file.parent / sizes
     model = model_for(checkpoint.config, str(what))
     try:
         return model, model.resolve(checkpoint.tensors)

@@ -19,6 +19,9 @@ from pronghorn.weights.types import Matrix, Module
 PAGE = 32
 """Tokens in a page of the KV cache. Attention's sums are formed page by page: it is part of the numerics."""
 
+KV_DTYPES = ("f32", "bf16", "int8")
+"""How keys and values may be kept. int8: whole numbers within 127, with an f32 scale for each token and head."""
+
 ACTIVATIONS = ("gelu", "gelu_new", "silu", "relu")
 """gelu: x/2 (1 + erf(x/sqrt 2)). gelu_new: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). silu: x sigmoid(x)."""
 
@@ -126,3 +129,6 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> memoryview:
         """Executes the batch -> logits, float32 `[len(logits_rows), vocabulary]`, valid until the next run."""
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Makes a page of the KV cache equal to another, in all layers."""

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 from pronghorn import _native
 from pronghorn._native import View
 from pronghorn.errors import ConfigError, ParameterError
-from pronghorn.ops import Attention, Batch
+from pronghorn.ops import KV_DTYPES, Attention, Batch
 from pronghorn.weights.types import Dense, Int4, Int8, Matrix, Module
 
 if TYPE_CHECKING:
     from pronghorn.models import Model
-
-KV_DTYPES = ("f32", "bf16")
 
 
 class CpuRunner:
@@ -61,6 +59,10 @@ class CpuRunner:
             self.cache,
             self.pool,
         )
+
+    def copy_page(self, source: int, target: int) -> None:
+        """See ops.Runner."""
+        self.cache.copy_page(source, target)
 
 
 class CpuOps:

@@ -14,7 +14,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from pronghorn.errors import ParameterError, PronghornError
-from pronghorn.ops import PAGE, Attention, Batch, Rope
+from pronghorn.ops import KV_DTYPES, PAGE, Attention, Batch, Rope
 from pronghorn.weights.types import Dense, Matrix, Module
 
 try:
@@ -23,11 +23,14 @@ try:
 except ImportError as error:
     raise PronghornError("PyTorch is not installed: pip install 'pronghorn[gpu]'") from error
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 class TorchRunner:
-    """A model on a PyTorch device. `pages`: keys and values `[layer, page * PAGE + slot, kv head, dim]`."""
+    """A model on a PyTorch device.
+
+    `pages`: keys and values `[layer, page * PAGE + slot, kv head, dim]`; `scales`: of int8 ones, dim is 1.
+    """
 
     def __init__(
         self,
@@ -39,8 +42,8 @@ class TorchRunner:
         max_tokens: int = 512,
         device: str = "cpu",
     ) -> None:
-        if kv_dtype not in ("f32", "bf16"):
-            raise ParameterError(f"kv_dtype is {kv_dtype!r}: expected f32 or bf16")
+        if kv_dtype not in KV_DTYPES:
+            raise ParameterError(f"kv_dtype is {kv_dtype!r}: expected one of {', '.join(KV_DTYPES)}")
         try:
             self.device = torch.device(device)
             torch.empty(1, device=self.device)
@@ -56,6 +59,7 @@ class TorchRunner:
         self.weights = Module.of({name: self.load(leaf(name)) for name in model.parameters()})
         shape = (2, cfg.n_layers, n_pages * PAGE, cfg.n_kv_heads, cfg.head_dim)
         self.pages = torch.zeros(shape, dtype=DTYPES[kv_dtype], device=self.device)
+        self.scales = torch.zeros((*shape[:-1], 1), device=self.device) if kv_dtype == "int8" else None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> memoryview:
@@ -64,6 +68,11 @@ class TorchRunner:
             raise ParameterError(f"{len(batch.token_ids)} tokens in a batch: at most {self.max_tokens}")
         logits = self.model.forward(TorchOps(self, batch), self.weights)
         return logits.cpu().contiguous().numpy().data
+
+    def copy_page(self, source: int, target: int) -> None:
+        """See ops.Runner."""
+        pages = self.pages.view(*self.pages.shape[:2], -1, PAGE, *self.pages.shape[3:])
+        pages[:, :, target] = pages[:, :, source]
 
     def load(self, weight: Matrix) -> torch.Tensor:
         """The weight on the device, a matrix as `[n_out, n_in]`."""
@@ -132,18 +141,32 @@ class TorchOps:
         q, k, v = (x.reshape(len(x), -1, spec.head_dim) for x in (q, k, v))
         if spec.rope is not None:
             q, k = self.rotate(q, spec.rope), self.rotate(k, spec.rope)
-        keys, values = self.runner.pages[:, spec.layer]
-        keys[self.slots], values[self.slots] = k.to(keys.dtype), v.to(values.dtype)
+        self.keep(0, spec.layer, k)
+        self.keep(1, spec.layer, v)
 
         y = torch.empty_like(q)
         for rows, seen, slots in self.sequences:
             at = self.at[rows, None]  # [rows, 1]
             hidden = seen > at if spec.window is None else (seen > at) | (seen <= at - spec.window)
             heads = q[rows].view(len(rows), spec.n_kv_heads, -1, spec.head_dim)
-            scores = torch.einsum("rkgd,skd->kgrs", heads, keys[slots].float()) * spec.scale
+            scores = torch.einsum("rkgd,skd->kgrs", heads, self.kept(0, spec.layer, slots)) * spec.scale
             weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=3)
-            y[rows] = torch.einsum("kgrs,skd->rkgd", weights, values[slots].float()).reshape(q[rows].shape)
+            y[rows] = torch.einsum("kgrs,skd->rkgd", weights, self.kept(1, spec.layer, slots)).reshape(q[rows].shape)
         return y.view(len(y), -1)
+
+    def keep(self, part: int, layer: int, x: torch.Tensor) -> None:
+        """Writes keys (part 0) or values (1), `[tokens, kv heads, dim]`, where the batch's tokens have their place."""
+        pages, scales = self.runner.pages[part, layer], self.runner.scales
+        if scales is not None:
+            largest = x.abs().amax(dim=2, keepdim=True)
+            scales[part, layer][self.slots] = largest / 127
+            x = torch.where(largest > 0, x * (127 / largest), 0).round()
+        pages[self.slots] = x.to(pages.dtype)
+
+    def kept(self, part: int, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        """What these slots hold, as float32."""
+        x, scales = self.runner.pages[part, layer][slots].float(), self.runner.scales
+        return x if scales is None else x * scales[part, layer][slots]
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         return activate(gate, activation) * up

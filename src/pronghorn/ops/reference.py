@@ -17,13 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pronghorn.errors import ParameterError
-from pronghorn.ops import PAGE, Attention, Batch, Rope
+from pronghorn.ops import KV_DTYPES, PAGE, Attention, Batch, Rope
 from pronghorn.weights.types import Dense, Int4, Int8, Matrix, Module
 
 Array = NDArray[np.float64]
 
 PANEL = 16  # outputs that are packed together
-KV_DTYPES = ("f32", "bf16")
 
 
 class ReferenceRunner:
@@ -60,6 +59,10 @@ class ReferenceRunner:
         if len(batch.token_ids) > self.max_tokens:
             raise ParameterError(f"{len(batch.token_ids)} tokens in a batch: at most {self.max_tokens}")
         return self.model.forward(ReferenceOps(self, batch), self.weights)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """See ops.Runner."""
+        self.pages[:, :, target] = self.pages[:, :, source]
 
     def array(self, weight: Matrix) -> Array:
         """`to_array`, once for each weight."""
@@ -149,6 +152,8 @@ class ReferenceOps:
         """What the KV cache gives back of x."""
         if not self.runner.round_inputs:
             return x
+        if self.runner.kv_dtype == "int8":  # a scale for each token and head
+            return to_int8(x.reshape(-1, x.shape[-1]), 0).reshape(x.shape)
         return to_bf16(x) if self.runner.kv_dtype == "bf16" else x.astype(np.float32).astype(np.float64)
 
 

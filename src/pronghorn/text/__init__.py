@@ -13,6 +13,6 @@ __all__ = ["open_tokenizer"]
 
 def open_tokenizer(source: TokenizerSource) -> Tokenizer:
     """The tokenizer of a checkpoint; CheckpointError where its files are missing, damaged or of an unknown kind."""
-    from pronghorn.text import tokenizer
+    from pronghorn.text import fast, tokenizer
 
-    return tokenizer.open_tokenizer(source)
+    return fast.opened(source, lambda: tokenizer.open_tokenizer(source))

@@ -115,6 +115,11 @@ def _byte_level(
     }
 
 
+def byte_level_spec(kind: str) -> dict[str, Any]:
+    """How a kind of PRE_TOKENIZERS is said in a tokenizer.json, around an empty vocabulary."""
+    return _byte_level(kind, {}, [], [])
+
+
 def _check_merges(path: object, merges: list[str]) -> None:
     for merge in merges:
         if merge.count(" ") != 1 or merge[0] == " " or merge[-1] == " ":
@@ -152,10 +157,7 @@ def from_sentencepiece(path: Path, legacy: bool, add_prefix_space: bool | None) 
 
     `legacy` is transformers' option of that name: the prefix space comes again after each special token.
     """
-    try:
-        pieces, trainer, normalizer = _read_proto(map_file(path))
-    except (ValueError, struct.error):
-        fail(path, "is not a SentencePiece model, or is damaged")
+    pieces, trainer, normalizer = read_proto(path)
     for unsupported, feature in (
         (trainer.get(24), "spaces after words"),
         (not normalizer.get(5, 1), "unescaped spaces"),
@@ -183,6 +185,14 @@ def from_sentencepiece(path: Path, legacy: bool, add_prefix_space: bool | None) 
         if 0 <= index < len(pieces):
             named[name] = pieces[index].text
     return Derived(spec, named)
+
+
+def read_proto(path: Path) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
+    """A SentencePiece model's pieces, and the fields of its TrainerSpec and NormalizerSpec by number."""
+    try:
+        return _read_proto(map_file(path))
+    except (ValueError, struct.error):
+        fail(path, "is not a SentencePiece model, or is damaged")
 
 
 def check_charsmap(charsmap: bytes, path: object) -> None:

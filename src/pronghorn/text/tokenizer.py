@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pronghorn.errors import CheckpointError, NoTokenizer, PromptError, PronghornError
 from pronghorn.text.stream import StreamDecoder, plan
-from pronghorn.weights.files import fail, map_file, read_json, shown
+from pronghorn.weights.files import fail, map_file, put_file, read_json, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -95,6 +94,10 @@ class Tokenizer:
         """The model's chat template, or None."""
         return self.chat_templates.get("default")
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json, with all added tokens."""
+        return self._backend.to_str()
+
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids of a text, with the BOS and EOS that the model's files ask for unless `add_special` is false.
 
@@ -161,7 +164,7 @@ def _guard(what: object) -> Iterator[None]:
 
 def open_tokenizer(source: TokenizerSource) -> Tokenizer:
     """See `pronghorn.text.open_tokenizer`."""
-    if source.gguf is not None and "tokenizer.ggml.model" in source.gguf:
+    if source.gguf is not None and source.gguf.get("tokenizer.ggml.model", "no_vocab") not in ("no_vocab", "none"):
         return _open_gguf(source.gguf)
     if source.folder is not None:
         return _open_folder(source.folder)
@@ -308,6 +311,8 @@ def _derived(
     A cache file is one line of JSON (what it was made from, and its checksum), then the tokenizer.json. One that is
     damaged, stale or another's is made anew.
     """
+    import zlib
+
     from pronghorn.weights.hub import cache_folder
 
     source: list[Any] = [_CACHE_FORMAT, options]
@@ -330,14 +335,7 @@ def _derived(
     data = derived.json(files[0])
     backend = _load(data, files[0])
     head = {"source": source, "crc32": zlib.crc32(data), "named": derived.named}
-    temporary = cached.with_name(f"{cached.name}.{os.getpid()}")
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(json.dumps(head).encode() + b"\n" + data)
-        temporary.replace(cached)
-    except OSError:  # a full or read-only disk: the next start makes it again
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    put_file(cached, json.dumps(head).encode() + b"\n" + data)
     return backend, derived.named
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,6 +68,21 @@ def map_file(path: Path) -> memoryview:
             os.close(fd)
     except OSError as error:
         fail(path, error.strerror or str(error))
+
+
+def put_file(path: Path, data: bytes) -> None:
+    """Puts a whole file in its place, or none: a full or read-only disk only means that it is made again next time."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, limit: int = 100_000_000) -> dict[str, Any]:

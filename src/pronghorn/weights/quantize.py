@@ -120,10 +120,9 @@ def prepare(
     data = {name: tensors[name].data for name in plan if tensors[name].dtype == plan[name].format}
     todo = {name: packed_bytes(parameters[name], plan[name]) for name in plan if name not in data}
     if todo:
-        from pronghorn._native import Pool, usable_processors
+        from pronghorn._native import usable_processors
 
-        pool = Pool(threads or usable_processors())
-        jobs = Jobs(parameters, tensors, plan, todo, pool)
+        jobs = Jobs(parameters, tensors, plan, todo, threads or usable_processors())
         data |= jobs.in_memory() if sum(todo.values()) <= SMALL else jobs.cached(checkpoint, dtype)
     return {name: weight(parameters[name], plan[name], data[name]) for name in plan}
 
@@ -164,14 +163,17 @@ class Jobs:
         tensors: Mapping[str, Tensor],
         plan: Mapping[str, Target],
         sizes: Mapping[str, int],
-        pool: Pool,
+        threads: int,
     ) -> None:
-        self.parameters, self.tensors, self.plan, self.sizes, self.pool = parameters, tensors, plan, sizes, pool
+        self.parameters, self.tensors, self.plan, self.sizes = parameters, tensors, plan, sizes
+        self.threads = threads
+        self.pool: Pool | None = None
 
     def convert(self, name: str, destination: memoryview) -> None:
         """Writes one weight, on all threads."""
-        from pronghorn._native import pack
+        from pronghorn._native import Pool, pack
 
+        self.pool = self.pool or Pool(self.threads)
         parameter, tensor, target = self.parameters[name], self.tensors[name], self.plan[name]
         n_out, n_in = sides(parameter)
         turned = parameter.transposed and target.format not in DTYPES  # a dense target keeps the file's order
@@ -192,10 +194,11 @@ class Jobs:
 
     def cached(self, checkpoint: Checkpoint, dtype: str) -> dict[str, memoryview]:
         """All of them, mapped from the cache; made and written there if they are not, or no longer, good."""
+        from pronghorn._native import checksum
+        from pronghorn.weights.ahead import place_of
         from pronghorn.weights.hub import cache_folder
 
-        identity = self.identity(checkpoint)
-        place, key = digest(identity["files"][0][0])[:12], digest(identity)[:16]
+        place, key = place_of(checkpoint.files[0]), f"{checksum(self.identity(checkpoint)):016x}"
         folder = cache_folder() / "packed"
         path = folder / f"{place}-{dtype}-{key}.safetensors"
         if os.path.exists(path):  # noqa: PTH110 (Path's raises for a folder that may not be read)
@@ -216,25 +219,26 @@ class Jobs:
                 old.unlink(missing_ok=True)
         return self.mapped(path)
 
-    def identity(self, checkpoint: Checkpoint) -> dict[str, Any]:
+    def identity(self, checkpoint: Checkpoint) -> bytes:
         """What the result depends on."""
         files = []
         for file in checkpoint.files:
             status = file.stat()
             files.append([os.path.realpath(file), status.st_size, status.st_mtime_ns])
-        return {"format": FORMAT, "files": files, "plan": {name: self.plan[name] for name in self.sizes}}
+        return repr((FORMAT, files, [(name, *self.plan[name]) for name in self.sizes])).encode()
 
     def mapped(self, path: Path) -> dict[str, memoryview]:
         """The weights of a cache file. CheckpointError if it is not what was written."""
-        from pronghorn._native import checksum
-        from pronghorn.weights.files import fail, map_file, parse_json
+        from pronghorn.weights.ahead import reading
+        from pronghorn.weights.files import fail, parse_json
         from pronghorn.weights.safetensors import read_safetensors
 
-        view = map_file(path)
+        ahead = reading(path, self.threads - 1)
+        view = ahead.view
         found = read_safetensors(path, view)
         length = int.from_bytes(view[:8], "little")
         metadata = parse_json(view[8 : 8 + length], path).get("__metadata__", {})
-        if metadata.get("checksum") != f"{checksum(view[8 + length :], self.pool):016x}":
+        if metadata.get("checksum") != f"{ahead.reader.finish():016x}":
             fail(path, "is damaged (its checksum differs)")
         if any(name not in found or found[name].data.nbytes < size for name, size in self.sizes.items()):
             fail(path, "lacks a weight")
@@ -246,7 +250,7 @@ class Jobs:
         import mmap
         import tempfile
 
-        from pronghorn._native import checksum
+        from pronghorn._native import ReadAhead
 
         header: dict[str, Any] = {"__metadata__": {"pronghorn": str(FORMAT), "checksum": "0" * 16}}
         end = 0
@@ -264,7 +268,7 @@ class Jobs:
             for name in self.progress():
                 begin = start + header[name]["data_offsets"][0]
                 self.convert(name, view[begin : begin + self.sizes[name]])
-            text = text.replace("0" * 16, f"{checksum(view[start:], self.pool):016x}", 1)
+            text = text.replace("0" * 16, f"{ReadAhead(view[start:], True, self.threads - 1).finish():016x}", 1)
             view[:start] = len(text).to_bytes(8, "little") + text.encode()
             os.fsync(fd)
             Path(temporary).replace(path)
@@ -283,14 +287,6 @@ class Jobs:
             for name, size in self.sizes.items():
                 yield name
                 bar.update(size)
-
-
-def digest(value: object) -> str:
-    """A name for a value."""
-    import hashlib
-    import json
-
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def notice(text: str) -> None:

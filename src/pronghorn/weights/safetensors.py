@@ -89,12 +89,9 @@ def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
-def read_index(path: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
-    """The shards that a `model.safetensors.index.json` names, and their tensors.
-
-    Each tensor of the index must be in the shard that it says, and in no other; a shard holds nothing else.
-    """
-    weight_map = read_json(path, HEADER_LIMIT).get("weight_map")
+def index_files(path: Path, index: dict[str, Any]) -> dict[str, str]:
+    """An index's `weight_map`: each tensor's file, by name, in the index's own folder."""
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         fail(path, "weight_map is not a map of tensor names to file names")
     for name, shard in weight_map.items():
@@ -102,6 +99,15 @@ def read_index(path: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
             fail(path, f"tensor {shown(name)}: the shard {shown(str(shard))} is not a file name in this folder")
         if shard == path.name:
             fail(path, f"tensor {shown(name)}: its shard is this index itself")
+    return weight_map
+
+
+def read_index(path: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
+    """The shards that a `model.safetensors.index.json` names, and their tensors.
+
+    Each tensor of the index must be in the shard that it says, and in no other; a shard holds nothing else.
+    """
+    weight_map = index_files(path, read_json(path, HEADER_LIMIT))
     files = tuple(path.parent / shard for shard in sorted(set(weight_map.values())))
     tensors: dict[str, Tensor] = {}
     for file in files:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 DTYPES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
@@ -21,6 +21,26 @@ class Tensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
+
+
+class Made(Tensor):
+    """A tensor that is not in any file in one piece: `data` is made anew each time that it is read, and not kept.
+
+    Such tensors can be converted, and no engine runs on them.
+    """
+
+    make: Callable[[], memoryview]
+
+    @classmethod
+    def of(cls, name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], memoryview]) -> Made:
+        """A tensor whose data is what `make` gives."""
+        tensor = cls(name, dtype, shape, memoryview(b""))
+        tensor.make = make
+        return tensor
+
+    @property
+    def data(self) -> memoryview:
+        return self.make()
 
 
 class Dense(NamedTuple):

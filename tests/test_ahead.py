@@ -1,0 +1,93 @@
+"""Reading ahead: the very file that is wanted, in whatever state it is, or nothing at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pronghorn import LLM, _native
+from pronghorn.errors import CheckpointError
+from pronghorn.weights import ahead, open_checkpoint, quantize
+from tiny import save_tiny
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PRONGHORN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(quantize, "SMALL", 0)
+    monkeypatch.setattr(ahead, "_begun", {})
+    return save_tiny(tmp_path / "model")
+
+
+def ids(model: Path, dtype: str) -> list[int]:
+    with LLM(model, dtype=dtype) as llm:
+        return llm.generate([1, 2, 3]).token_ids
+
+
+@pytest.mark.parametrize("threads", [0, 1, 5])
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (3 << 20) + 5])
+def test_threads_sum_up_what_one_does(threads: int, size: int) -> None:
+    data = os.urandom(size)
+    assert _native.ReadAhead(data, True, threads).finish() == _native.checksum(data)
+    _native.ReadAhead(data, False, threads).finish()
+    _native.ReadAhead(data, True, threads)  # and is forgotten
+
+
+def test_a_file_of_weights_is_read_and_then_used(model: Path) -> None:
+    ahead.begin(str(model), "auto")
+    ((path, begun),) = ahead._begun.items()
+    assert path == str(model / "model.safetensors")
+    assert ahead.mapped(Path(path)) is begun.view
+    assert ids(model, "auto") == ids(model, "f32")
+    assert not ahead._begun
+
+
+def test_packed_weights_are_read_and_then_used(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ids(model, "int8")
+    ahead.begin(str(model), "int8")
+    ((path, begun),) = ahead._begun.items()
+    assert Path(path).parent.name == "packed"
+    used = []
+    monkeypatch.setattr(quantize.Jobs, "write", None)
+    monkeypatch.setattr(ahead, "reading", lambda *args, read=ahead.reading: used.append(read(*args)) or used[0])
+    assert ids(model, "int8") == expected
+    assert used == [begun]
+    assert not ahead._begun
+
+
+def test_what_is_wrong_is_said_by_those_who_need_it(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = ids(model, "int8")
+    (packed,) = (tmp_path / "cache/packed").iterdir()
+    whole = packed.read_bytes()
+    for damaged in (b"", b"\0", b"\xff" * 8, whole[:-1], whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]):
+        caplog.clear()
+        packed.write_bytes(damaged)
+        ahead.begin(str(model), "int8")
+        assert ids(model, "int8") == expected
+        assert "packing the weights again" in caplog.text
+    for name in ("", "no such model", "a\0b", str(tmp_path)):
+        ahead.begin(name, "int8")
+        assert not ahead._begun
+    (model / "model.safetensors").write_bytes(b"")
+    ahead.begin(str(model), "auto")
+    with pytest.raises(CheckpointError, match="is empty"):
+        open_checkpoint(model)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_mapped_anew(model: Path, tmp_path: Path) -> None:
+    file = model / "model.safetensors"
+    ahead.begin(str(model), "auto")
+    other = tmp_path / "other"
+    other.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    other.replace(file)
+    assert ahead.mapped(file)[-1] == 1
+
+
+def test_the_default_model_is_not_fetched(tmp_path: Path, model: Path) -> None:
+    ahead.begin(None, "auto")
+    assert not ahead._begun
+    assert not (tmp_path / "cache/models").exists()
