@@ -59,7 +59,8 @@ struct Ahead {
   const u8* from;
   i64 share;
 
-  void fetch(i64 part) const {
+  // (Inlined at once: GCC takes a function of nothing but prefetches for one without effect, and drops its calls.)
+  __attribute__((always_inline)) void fetch(i64 part) const {
     for (i64 i = 0; i < share; i += 64) prefetch(from + part * share + i);
   }
 };
@@ -125,7 +126,7 @@ struct F32 {
   }
   template <int P>
   static void in_order(F[P]) {}
-  static void fetch(const Element* p, i64, i64 line) { prefetch(p + line * 16); }
+  __attribute__((always_inline)) static void fetch(const Element* p, i64, i64 line) { prefetch(p + line * 16); }
 };
 
 struct F16 : F32 {
@@ -140,7 +141,7 @@ struct F16 : F32 {
   static void unit_first(const Element* p, i64, i64, i64 n, V out[P]) {
     for (i64 v = 0; v < P; v++) out[v] = load_f16_first(p + v * kLanes, within(n - v * kLanes, kLanes));
   }
-  static void fetch(const Element* p, i64, i64 line) { prefetch(p + line * 32); }
+  __attribute__((always_inline)) static void fetch(const Element* p, i64, i64 line) { prefetch(p + line * 32); }
 };
 
 #if PRONGHORN_ISA_avx512bf16
@@ -185,7 +186,9 @@ struct Bf16 {
   static void in_order(F sums[P]) {
     for (int v = 0; v < P; v += 2) unzip_quads(sums[v], sums[v + 1]);
   }
-  static void fetch(const Element* p, i64 n_out, i64 line) { prefetch(p + line % 2 * n_out + line / 2 * 32); }
+  __attribute__((always_inline)) static void fetch(const Element* p, i64 n_out, i64 line) {
+    prefetch(p + line % 2 * n_out + line / 2 * 32);
+  }
 };
 
 #endif
@@ -1194,7 +1197,7 @@ struct Block {
   i64 dim;
 };
 
-// (Inlined at once: GCC takes a function of nothing but prefetches for one without effect, and drops its calls.)
+// (Inlined at once, as Ahead's.)
 __attribute__((always_inline)) inline void fetch(const u8* ahead, i64 at, i64 size) {
   if (ahead)
     for (i64 i = 0; i < size; i += 64) prefetch(ahead + at + i);

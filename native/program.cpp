@@ -54,10 +54,8 @@ KvCache::KvCache(i64 n_layers, i64 n_pages, i64 n_kv_heads, i64 head_dim, KvForm
 void KvCache::copy_page(i64 source, i64 target) {
   if (source < 0 || source >= n_pages_ || target < 0 || target >= n_pages_)
     throw std::out_of_range("a page is outside of the cache");
-  const i64 size = n_kv_heads_ * head_dim_ * kPage * (format_ == KvFormat::f32 ? 4 : 2);
-  for (i64 part = 0; part < 2 * n_layers_; part++)  // keys, and values, of each layer
-    std::memmove(memory_.data() + part * part_ + target * size, memory_.data() + part * part_ + source * size,
-                 static_cast<size_t>(size));
+  const i64 size = memory_.size() / n_pages_;  // of all layers
+  std::memmove(memory_.data() + target * size, memory_.data() + source * size, static_cast<size_t>(size));
 }
 
 KvLayer KvCache::layer(i64 index) const {

@@ -16,8 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pronghorn.engine.engine import Stats
-from pronghorn.engine.grammar import FORMS
-from pronghorn.engine.sampling import SamplingParams, number, whole
+from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.errors import ParameterError, PronghornError, QueueFull, ShuttingDown
 from pronghorn.generation import Chunk, Job, Output
 from pronghorn.llm import LLM, Prompt, check_stream

@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
 
 from pronghorn.engine.engine import Engine, Stats
-from pronghorn.engine.grammar import FORMS, Grammar, Vocabulary
-from pronghorn.engine.sampling import SamplingParams, number, whole
+from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.engine.scheduler import Request, token_array
 from pronghorn.engine.speculate import ModelDraft, NgramDraft
 from pronghorn.errors import NoTokenizer, ParameterError, PromptError, PronghornError
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pronghorn.engine.grammar import Vocabulary
     from pronghorn.engine.pages import PagePool
     from pronghorn.text.tokenizer import Tokenizer
 
@@ -451,7 +451,10 @@ class LLM:
             )
             if not first:
                 engine.check(request)
-                request.grammar = Grammar(self._grammar_vocabulary(), params) if formed else None
+                if formed:
+                    from pronghorn.engine.grammar import Grammar
+
+                    request.grammar = Grammar(self._grammar_vocabulary(), params)
             elif first.grammar:
                 request.grammar = first.grammar.copy()
             requests.append(request)
@@ -467,6 +470,8 @@ class LLM:
         """The tokenizer for grammars, made the first time that one is wanted."""
         with self._vocabulary_lock:
             if self._vocabulary is None:
+                from pronghorn.engine.grammar import Vocabulary
+
                 tokenizer = self.tokenizer
                 size = max(self.model.config.vocab_size, tokenizer.vocab_size)
                 self._vocabulary = Vocabulary(tokenizer.to_json(), size, tokenizer.eos_ids)

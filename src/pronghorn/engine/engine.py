@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pronghorn import _native
-from pronghorn.engine.grammar import Mask, Masks
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
 from pronghorn.engine.speculate import Draft, Proposal, Speculator
 from pronghorn.errors import ParameterError, PromptError, PronghornError
 from pronghorn.ops import PAGE, Batch, Runner
+
+if TYPE_CHECKING:
+    from pronghorn.engine.grammar import Mask, Masks
 
 
 class Stats(NamedTuple):
@@ -68,7 +70,7 @@ class Engine:
             copy_page=runner.copy_page if use_cache else None,
         )
         self.speculator: Speculator | None = None
-        self.masks: Masks[Request] = Masks()
+        self._ahead: Masks[Request] | None = None  # who computes masks while the model runs
         self._timed: dict[Request, float] = {}  # the deadlines of those that have one
         self._n_steps = self._n_generated = 0
 
@@ -115,9 +117,7 @@ class Engine:
         n_decoding = sum(request.n_left == 1 for request, _ in work)
         drafts = self.speculator.propose(work) if self.speculator else {}
         batch = self._batch(work, drafts)
-        masks = self.masks.start(
-            {request: request.grammar for request, n in work if request.grammar and n == request.n_left}
-        )
+        masks = self._masks(work)
         try:
             logits = self._run(batch)
         finally:  # they were computed meanwhile
@@ -223,6 +223,17 @@ class Engine:
             n_right += 1
         assert self.speculator
         self.speculator.verified(proposal, n_right)
+
+    def _masks(self, work: list[tuple[Request, int]]) -> Callable[[], dict[Request, Mask | PronghornError]]:
+        """Begins the masks of those that have a grammar and get a token -> what waits for them."""
+        grammars = {request: request.grammar for request, n in work if request.grammar and n == request.n_left}
+        if not grammars:
+            return dict
+        if self._ahead is None:
+            from pronghorn.engine.grammar import Masks
+
+            self._ahead = Masks()
+        return self._ahead.start(grammars)
 
     def _expire(self, now: float) -> list[Request]:
         """Ends what has passed its deadline -> these requests. What they have by now they keep."""

@@ -9,15 +9,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from pronghorn.engine.sampling import FORMS
 from pronghorn.errors import ParameterError, PronghornError
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
     from pronghorn.engine.sampling import SamplingParams
-
-FORMS = ("json_schema", "regex", "grammar", "choice")
-"""The parameters that ask for a form; a request has one of them at most."""
 
 SPACE = r"\n? {0,16}"
 """Between the parts of JSON: room for indentation, and not for the endless space that small models fall into."""

@@ -8,7 +8,6 @@ from operator import index
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
-from pronghorn.engine.grammar import FORMS
 from pronghorn.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 
 INF, NAN = float("inf"), float("nan")
 MOST_SAMPLES = 128  # of one prompt
+FORMS = ("json_schema", "regex", "grammar", "choice")
+"""The parameters that ask for a form; a request has one of them at most."""
 
 
 class SamplingParams:
