@@ -518,3 +518,39 @@ def test_the_budget_counts_the_drafts_keys_and_values(tmp_path: Path) -> None:
             assert llm._engine
             pages[draft] = llm._engine.pool.n_pages
     assert pages["self-int4"] == pages[None] == 2 * pages[str(path)]
+
+
+@pytest.mark.parametrize("draft", ["ngram", "self-int8", "model"])
+def test_samples_and_prompts_logprobs(draft: str, tmp_path: Path) -> None:
+    """Samples that share pages, one of them half full; the prompt's own log-probabilities."""
+    path = save_tiny(tmp_path / "model")
+    params = SamplingParams(
+        max_tokens=30, temperature=1.0, seed=1, n=3, best_of=5, prompt_logprobs=1, logprobs=1, ignore_eos=True
+    )
+    prompts = [STORY, STORY + STORY[:9], "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"]
+    with LLM(path) as plain, LLM(path, draft=str(path) if draft == "model" else draft) as llm:
+        fix_lengths(llm, 4)
+        found = [
+            [
+                (out.token_ids, out.logprobs, out.prompt_logprobs, out.finish_reason)
+                for out in one.generate(prompts, params)
+            ]
+            for one in (plain, llm)
+        ]
+        assert found[0] == found[1]
+        assert speculator_of(llm._engine).n_drafted  # type: ignore[arg-type]
+
+
+def test_a_grammar(tmp_path: Path) -> None:
+    """Each token of a verified run has the mask that it would have had alone."""
+    pytest.importorskip("llguidance")
+    path = save_tiny(tmp_path / "model")
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=2, regex="(ab|cd){3,12}x")
+    with LLM(path) as plain:
+        expected = plain.generate(STORY, params)
+    for draft in ("ngram", "self-int8"):
+        with LLM(path, draft=draft) as llm:
+            fix_lengths(llm, 3)
+            out = llm.generate(STORY, params)
+            assert (out.token_ids, out.finish_reason) == (expected.token_ids, expected.finish_reason)
+            assert out.timings.drafted_tokens
