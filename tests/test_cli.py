@@ -92,8 +92,22 @@ def test_generate_json(cli: Cli, model: str) -> None:
     assert found["seed"] == 3
     assert expected.logprobs
     assert found["logprobs"][5] == json.loads(json.dumps(expected.logprobs[5]._asdict()))
-    names = {"load_s", "ttft_s", "prefill_tok_s", "decode_tok_s", "bytes_per_token", "bandwidth_gb_s", "cached_tokens"}
-    assert found["timings"].keys() == names
+    names = "load_s ttft_s prefill_tok_s decode_tok_s bytes_per_token bandwidth_gb_s cached_tokens"
+    assert found["timings"].keys() == {*names.split(), "drafted_tokens", "accepted_tokens"}
+
+
+@pytest.mark.parametrize("draft", ["self-int4", "self-int8", "ngram", "model"])
+def test_drafts(cli: Cli, model: str, draft: str) -> None:
+    draft = model if draft == "model" else draft
+    plain = cli("generate", "hello hello hello", "-m", model, "-n", "60", "--temperature", "0.5", "--seed", "1")
+    options = ("generate", "hello hello hello", "-m", model, "--draft", draft, "--temperature", "0.5", "--seed", "1")
+    status, out, err = cli(*options, "-n", "60")
+    assert (status, out) == plain[:2]
+    assert (" drafted tokens right, " in err) == (draft != "ngram")
+    status, out, err = cli(*options, "-n", "60", "--json")
+    timings = json.loads(out)["timings"]
+    assert timings["drafted_tokens"] >= timings["accepted_tokens"]
+    assert "drafted" not in plain[2]
 
 
 def test_prompts(cli: Cli, model: str, tmp_path: Path) -> None:
@@ -206,7 +220,7 @@ def test_mistakes(cli: Cli, model: str, tmp_path: Path) -> None:
         (["generate", "a", "-m", model, "--dtype", "int3"], "dtype is 'int3'"),
         (["generate", "a", "-m", model, "--threads", "0"], "threads is 0"),
         (["generate", "a", "-m", model, "--device", "abacus"], "abacus"),
-        (["generate", "a", "-m", model, "--draft", "ngram"], "not implemented"),
+        (["generate", "a", "-m", model, "--draft", "ngram", "--no-cache"], "drafts need the cache"),
         (["generate", "a", "-m", model, "--logit-bias", "x"], "--logit-bias x"),
         (["generate", "a", "-m", model, "--logit-bias", "999=1"], "token id 999"),
         (["generate", "a", "-m", model, "--logit-bias", "5=1", "--logit-bias", "05=2"], "token 5 has one already"),

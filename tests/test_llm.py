@@ -538,7 +538,7 @@ def test_an_unknown_instruction_set_is_one_line(tiny: Path) -> None:
         ({"threads": 0}, "threads is 0"),
         ({"threads": 1.5}, "threads is 1.5"),
         ({"threads": 2, "device": "reference"}, "no such choice"),
-        ({"draft": "self-int4"}, "not implemented"),
+        ({"draft": ""}, "expected self-int4, self-int8, ngram, or another model"),
         ({"kv_memory": 0}, "kv_memory is 0"),
         ({"kv_memory": 100}, "32 tokens alone need"),
         ({"device": "abacus"}, "device is 'abacus': expected cpu, reference, or a device of PyTorch's"),

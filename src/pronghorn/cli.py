@@ -261,7 +261,7 @@ def model_options(add: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
     group.add_argument("--device", default="cpu", help="cpu, reference, or PyTorch's: cuda, torch:cpu, ...")
     group.add_argument("--no-cache", action="store_true", help="compute all from the beginning for every token")
-    group.add_argument("--draft", metavar="DRAFT", help="speculation: self-int4, ngram or MODEL")
+    group.add_argument("--draft", metavar="DRAFT", help="speculation: self-int4, self-int8, ngram or another MODEL")
 
 
 def sampling_options(add: argparse.ArgumentParser, max_tokens: int | None) -> None:
@@ -508,6 +508,8 @@ def statistics(out: Output) -> None:
     parts = [f"{len(out.token_ids)} tokens{' (length)' if out.finish_reason == 'length' else ''}"]
     if timings.decode_tok_s and timings.bandwidth_gb_s:
         parts[0] += f" at {timings.decode_tok_s:.1f} tok/s ({timings.bandwidth_gb_s:.1f} GB/s)"
+    if timings.drafted_tokens:
+        parts.append(f"{timings.accepted_tokens} of {timings.drafted_tokens} drafted tokens right")
     cached = f" ({timings.cached_tokens} cached)" if timings.cached_tokens else ""
     parts.append(f"prompt of {len(out.prompt_token_ids)}{cached} at {timings.prefill_tok_s:.0f} tok/s")
     parts.append(f"first token after {timings.ttft_s:.3f} s; loaded in {timings.load_s:.3f} s")

@@ -18,7 +18,8 @@ class Timings(NamedTuple):
     """How long a generation took. Speeds are None where there was too little to time.
 
     `bytes_per_token` is what decoding a token reads: every weight once (not the rows looked up in embedding tables,
-    but the head, also where it is the same matrix), and keys and values at the middle of the output.
+    but the head, also where it is the same matrix), and keys and values at the middle of the output. With drafts, which
+    are not counted in it, the bandwidth may be more than the memory has.
     """
 
     load_s: float  # making the model ready
@@ -28,6 +29,8 @@ class Timings(NamedTuple):
     bytes_per_token: int
     bandwidth_gb_s: float | None  # bytes_per_token * decode_tok_s
     cached_tokens: int  # of the prompt, whose keys and values the prefix cache had
+    drafted_tokens: int = 0  # proposed by a draft (see LLM)
+    accepted_tokens: int = 0  # of these, those that were right
 
 
 class Chunk(NamedTuple):
@@ -168,7 +171,8 @@ class Generation:
         prefill = (n_prompt - n_cached) / ttft if n_new else 0.0
         speed = (n_new - 1) / (self.last - self.first) if n_new > 1 and self.last > self.first else None
         size = self.cost.weight_bytes + self.cost.kv_bytes * (n_prompt + n_new // 2)
-        return Timings(self.cost.load_s, ttft, prefill, speed, size, speed and size * speed / 1e9, n_cached)
+        drafts = self.request.n_drafted, self.request.n_accepted
+        return Timings(self.cost.load_s, ttft, prefill, speed, size, speed and size * speed / 1e9, n_cached, *drafts)
 
     def _logprobs(self, start: int) -> list[Logprob] | None:
         if self.request.params.logprobs is None:

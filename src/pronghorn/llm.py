@@ -16,22 +16,25 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overloa
 from pronghorn.engine.engine import Engine, Stats
 from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.engine.scheduler import Request, token_array
+from pronghorn.engine.speculate import ModelDraft, NgramDraft
 from pronghorn.errors import NoTokenizer, ParameterError, PromptError, PronghornError
 from pronghorn.generation import Chunk, Cost, Generation, Interrupted, Job, Output, Stream
 from pronghorn.models import Config, Model, model_of
 from pronghorn.ops import KV_DTYPES, PAGE, Runner
 from pronghorn.weights import Checkpoint, ahead, open_checkpoint
-from pronghorn.weights.types import Dense, Matrix, Module
+from pronghorn.weights.types import Dense, Matrix, Module, Tensor
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from pronghorn.engine.grammar import Vocabulary
+    from pronghorn.engine.pages import PagePool
     from pronghorn.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")
 DEVICES = "cpu, reference, or a device of PyTorch's, such as cuda or torch:cpu"
+DRAFTS = "self-int4, self-int8, ngram, or another model"
 STEP_TOKENS = 512  # prompt tokens that a step computes: also how long Ctrl-C may wait
 IN_FLIGHT = 128  # samples of a list of prompts that the engine has before it at once
 SEQUENCES = 16  # of full context, that the KV cache has room for by default, if the memory does
@@ -50,6 +53,9 @@ class LLM:
     `kv_memory`: bytes for keys and values; None is room for one sequence of full length, and for more in a part of
     the free memory; none of it is touched before it is used. `use_cache=False` computes all from the beginning for
     every token, and `prefix_cache=False` never reuses what another prompt has computed: neither changes a token.
+    `draft` has tokens proposed, of which the model verifies several at once, and changes no token either: "ngram"
+    looks up what followed before, "self-int4" and "self-int8" are the model's own quantized copy, all else names
+    another model of the same vocabulary. How many are proposed follows from what it gains, which may be nothing.
 
     Generations may overlap, in one thread or in several: they share steps, and no token depends on the company.
 
@@ -69,7 +75,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "cpu",
         threads: int | None = None,
-        draft: str | None = None,
+        draft: str | Path | None = None,
         kv_dtype: str = "auto",
         kv_memory: int | None = None,
         *,
@@ -79,6 +85,8 @@ class LLM:
         started = time.perf_counter()
         self.dtype = dtype
         check_options(dtype, device, threads, draft, kv_dtype, kv_memory)
+        if draft is not None and not use_cache:
+            raise ParameterError(f"draft is {draft!r}: drafts need the cache, which use_cache=False does without")
         self._checkpoint = open_model(model)
         self.path = self._checkpoint.path
         source = self._checkpoint.tokenizer
@@ -96,13 +104,17 @@ class LLM:
         self.kv_dtype = kv_dtype
         sequences = SEQUENCES if device == "cpu" else 1
         token_bytes = kv_bytes(config, kv_dtype)
-        n_pages = pages_for(token_bytes, config.context, sequences, kv_memory)
+        runs_ahead = None if draft in (None, "ngram") else DraftModel(str(draft), self, tensors, device, threads)
+        all_bytes = token_bytes + (runs_ahead.token_bytes(kv_dtype) if runs_ahead else 0)
+        n_pages = pages_for(all_bytes, config.context, sequences, kv_memory)
         try:
             runner = runner_for(self.model, Module.of(weights), device, threads, n_pages, kv_dtype)
+            if runs_ahead:
+                runs_ahead.start(runner, n_pages, kv_dtype)
         except MemoryError:
             n_tokens = n_pages * PAGE
             raise PronghornError(
-                f"the memory has no room for {n_tokens * token_bytes} bytes of keys and values ({n_tokens} tokens): "
+                f"the memory has no room for {n_tokens * all_bytes} bytes of keys and values ({n_tokens} tokens): "
                 "choose a smaller kv_memory"
             ) from None
         except RuntimeError as error:  # the environment asks for what the machine has not: PRONGHORN_ISA, a device
@@ -116,6 +128,11 @@ class LLM:
             prefix_cache=prefix_cache,
             use_cache=use_cache,
         )
+        if draft == "ngram":
+            self._engine.speculate(NgramDraft())
+        if runs_ahead:
+            cost = runs_ahead.weight_bytes / bytes_read(self.model, weights)
+            self._engine.speculate(runs_ahead.draft(self._engine.pool, cost))
         self.context = self._engine.context
         self._lock = threading.Lock()
         self._came: list[Request] = []  # that the engine has not been given yet
@@ -474,6 +491,73 @@ class Driver(Protocol):
         """Takes no more steps."""
 
 
+class DraftModel:
+    """The model that runs ahead: the LLM's own in fewer bits, or another of the same vocabulary.
+
+    The own one works on the LLM's keys and values, where both are native programs; else it has its own.
+    """
+
+    def __init__(self, name: str, llm: LLM, tensors: Mapping[str, Tensor], device: str, threads: int | None) -> None:
+        from pronghorn.weights.quantize import prepare
+
+        own = name in ("self-int4", "self-int8")
+        checkpoint = llm._checkpoint if own else open_model(name)
+        self.device, self.threads = device, threads
+        self.shared = own and device == "cpu"
+        if own:
+            self.model = llm.model
+        else:
+            self.model, tensors = model_of(checkpoint)
+            check_vocabulary(name, checkpoint, self.model, llm)
+        dtype, heads = name if own else "auto", (self.model.EMBEDDING, "lm_head.weight")
+        self.weights = prepare(checkpoint, self.model.parameters(), tensors, dtype, threads, heads)
+        self.weight_bytes = bytes_read(self.model, self.weights)
+
+    def token_bytes(self, kv_dtype: str) -> int:
+        """Bytes of keys and values of its own for a token."""
+        return 0 if self.shared else kv_bytes(self.model.config, kv_dtype)
+
+    def start(self, target: Runner, n_pages: int, kv_dtype: str) -> None:
+        """Makes it ready, beside the runner that it drafts for."""
+        weights = Module.of(self.weights)
+        if self.device == "cpu":
+            from pronghorn.ops.cpu import CpuRunner
+
+            assert isinstance(target, CpuRunner)
+            cache = target.cache if self.shared else None
+            self.runner: Runner = CpuRunner(
+                self.model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS, pool=target.pool,
+                cache=cache,
+            )  # fmt: skip
+        else:
+            self.runner = runner_for(self.model, weights, self.device, self.threads, n_pages, kv_dtype)
+
+    def draft(self, pages: PagePool, cost: float) -> ModelDraft:
+        """What the engine speculates with; `cost` is that of a token against the LLM's."""
+        config = self.model.config
+        return ModelDraft(
+            self.runner, pages, shared=self.shared, context=config.context, vocabulary=config.vocab_size,
+            max_tokens=STEP_TOKENS, cost=cost,
+        )  # fmt: skip
+
+
+def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM) -> None:
+    """ParameterError for a draft whose token ids are not the LLM's."""
+    sizes = model.config.vocab_size, llm.model.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ParameterError(f"draft is {name!r}: its vocabulary has {sizes[0]} tokens, and the model's {sizes[1]}")
+    try:
+        ours, its = llm.tokenizer, load_tokenizer(checkpoint.tokenizer)
+    except NoTokenizer:  # ids in, ids out
+        return
+    for index in range(max(ours.vocab_size, its.vocab_size)):
+        tokens = [t.id_to_token(index) if index < t.vocab_size else None for t in (its, ours)]
+        if tokens[0] != tokens[1]:
+            raise ParameterError(
+                f"draft is {name!r}: its token {index} is {tokens[0]!r}, and the model's {tokens[1]!r}"
+            )
+
+
 T = TypeVar("T")
 
 
@@ -516,7 +600,7 @@ def check_options(
     dtype: str,
     device: str = "cpu",
     threads: int | None = None,
-    draft: str | None = None,
+    draft: str | Path | None = None,
     kv_dtype: str = "auto",
     kv_memory: int | None = None,
 ) -> None:
@@ -533,8 +617,8 @@ def check_options(
         whole("threads", threads, 1, 1024)
         if device != "cpu":
             raise ParameterError(f"threads is {threads}: device {device!r} has no such choice")
-    if draft is not None:
-        raise ParameterError(f"draft is {draft!r}: speculation is not implemented yet")
+    if draft is not None and not (isinstance(draft, (str, os.PathLike)) and str(draft)):
+        raise ParameterError(f"draft is {draft!r}: expected {DRAFTS}")
     if kv_memory is not None:
         whole("kv_memory", kv_memory, 1, sys.maxsize)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from pronghorn import _native
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
+from pronghorn.engine.speculate import Draft, Proposal, Speculator
 from pronghorn.errors import ParameterError, PromptError, PronghornError
 from pronghorn.ops import PAGE, Batch, Runner
 
@@ -68,9 +69,14 @@ class Engine:
             max_sequences=max_sequences,
             copy_page=runner.copy_page if use_cache else None,
         )
+        self.speculator: Speculator | None = None
         self._ahead: Masks[Request] | None = None  # who computes masks while the model runs
         self._timed: dict[Request, float] = {}  # the deadlines of those that have one
         self._n_steps = self._n_generated = 0
+
+    def speculate(self, draft: Draft, *, lengths: int | None = None) -> None:
+        """Has tokens drafted, which changes none of them; `lengths` fixes how many, else what pays is found out."""
+        self.speculator = Speculator(draft, self.pool, max_tokens=self.scheduler.max_tokens, lengths=lengths)
 
     def check(self, request: Request) -> None:
         """Raises PromptError or ParameterError for a request that cannot run here."""
@@ -109,10 +115,11 @@ class Engine:
                 raise PronghornError("the KV cache's pages are all held by others: nothing can run")
             return advanced
         n_decoding = sum(request.n_left == 1 for request, _ in work)
-        batch = self._batch(work)
+        drafts = self.speculator.propose(work) if self.speculator else {}
+        batch = self._batch(work, drafts)
         masks = self._masks(work)
         try:
-            logits = self.runner.run(batch)
+            logits = self._run(batch)
         finally:  # they were computed meanwhile
             allowed = masks()
         row = 0
@@ -122,9 +129,13 @@ class Engine:
             if request.n_computed == len(request.token_ids):
                 self._sample(request, logits, row, allowed.get(request))
                 row += 1
+                if proposal := drafts.get(request):
+                    self._verify(proposal, logits, row)
+                    row += len(proposal.token_ids)
                 advanced.append(request)
         self._n_steps += 1
-        self.scheduler.pace.note(n_decoding, len(batch.token_ids) - n_decoding, self.clock() - started)
+        if not drafts:
+            self.scheduler.pace.note(n_decoding, len(batch.token_ids) - n_decoding, self.clock() - started)
         return advanced
 
     def stats(self) -> Stats:
@@ -171,7 +182,16 @@ class Engine:
         finally:
             self.pool.release(pages)
 
-    def _batch(self, work: list[tuple[Request, int]]) -> Batch:
+    def _run(self, batch: Batch) -> memoryview:
+        """The batch's logits; what decoding takes, the speculator learns."""
+        if not self.speculator or len(batch.logits_rows) < len(batch.token_ids):
+            return self.runner.run(batch)
+        started = time.perf_counter()
+        logits = self.runner.run(batch)
+        self.speculator.ran(len(batch.token_ids), time.perf_counter() - started)
+        return logits
+
+    def _batch(self, work: list[tuple[Request, int]], drafts: Mapping[Request, Proposal]) -> Batch:
         batch = Batch(table_width=max(len(request.pages) for request, _ in work))
         for row, (request, n_tokens) in enumerate(work):
             start, end, at = request.n_computed, request.n_computed + n_tokens, len(batch.token_ids)
@@ -185,7 +205,24 @@ class Engine:
                 batch.logits_rows.extend(range(wanted.start + at, wanted.stop + at))
             if end == len(request.token_ids):
                 batch.logits_rows.append(len(batch.token_ids) - 1)
+            for token_id in drafts[request].token_ids if request in drafts else ():
+                batch.logits_rows.append(len(batch.token_ids))
+                batch.token_ids.append(token_id)
+                batch.positions.append(batch.positions[-1] + 1)
+                batch.sequence.append(row)
         return batch
+
+    def _verify(self, proposal: Proposal, logits: memoryview, row: int) -> None:
+        """Commits drafts as long as they are what was chosen anyway, each with the choice that follows it."""
+        request, n_right = proposal.request, 0
+        for token_id in proposal.token_ids:
+            if request.finish_reason or request.token_ids[-1] != token_id:
+                break
+            self._commit(request, 1)
+            self._sample(request, logits, row + n_right)
+            n_right += 1
+        assert self.speculator
+        self.speculator.verified(proposal, n_right)
 
     def _masks(self, work: list[tuple[Request, int]]) -> Callable[[], dict[Request, Mask | PronghornError]]:
         """Begins the masks of those that have a grammar and get a token -> what waits for them."""

@@ -88,6 +88,10 @@ class PagePool:
             pages.append(page)
         return pages, chain
 
+    def contents(self, page: int) -> tuple[int, bytes] | None:
+        """What a page is known by, if it is."""
+        return self._key_of.get(page)
+
     def learn(self, page: int, chain: int, token_ids: array[int]) -> int:
         """Notes that a held page is full of these tokens, after the chain before it -> the chain that it ends."""
         key = (chain, token_ids.tobytes())

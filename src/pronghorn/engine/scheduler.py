@@ -16,6 +16,7 @@ from pronghorn.ops import PAGE
 if TYPE_CHECKING:
     from pronghorn import _native
     from pronghorn.engine.grammar import Grammar
+    from pronghorn.engine.speculate import Odds
 
 LOGITS_ROWS = 64
 """Rows of logits that a chunk of a prompt takes at most, where its log-probabilities are wanted."""
@@ -53,9 +54,9 @@ class Request:
     """
 
     __slots__ = (
-        "chain", "deadline", "error", "finish_reason", "first", "grammar", "index", "limit",
-        "logprobs", "n_cached", "n_chained", "n_computed", "n_prompt", "number", "pages", "params", "priority",
-        "prompt_logprobs", "sampler", "seed", "stop_ids", "token_ids",
+        "chain", "deadline", "error", "finish_reason", "first", "grammar", "index", "limit", "logprobs", "n_accepted",
+        "n_cached", "n_chained", "n_computed", "n_drafted", "n_in_draft", "n_prompt", "number", "odds", "pages",
+        "params", "priority", "prompt_logprobs", "sampler", "seed", "stop_ids", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -81,6 +82,7 @@ class Request:
         self.index = index
         seed = fresh_seed() if params.seed is None else params.seed
         self.seed: int = (first.seed + index) % 2**64 if first else seed
+        self.n_drafted = self.n_accepted = 0  # tokens that a draft proposed, and of these the right ones
         self.logprobs: list[Logprob] = []  # of the output, where they are wanted, or samples are to be compared
         # Of the prompt's tokens from the second on, where they are wanted; one list for all samples.
         self.prompt_logprobs: list[Logprob] = first.prompt_logprobs if first else []
@@ -95,6 +97,8 @@ class Request:
         self.n_cached: int | None = None  # of which the prefix cache gave so many when it first was let in
         self.chain = ROOT  # of the first n_chained pages
         self.n_chained = 0
+        self.n_in_draft = 0  # tokens whose keys and values the draft model has, where it has its own
+        self.odds: Odds | None = None  # of its drafts
 
     @property
     def n_left(self) -> int:
@@ -218,7 +222,7 @@ class Scheduler:
     def _has_pages(self, request: Request) -> bool:
         """Sees to it that a request has pages for all of its tokens, and for itself those that it will write."""
         pages, at = request.pages, request.n_computed // PAGE
-        missing = -(-len(request.token_ids) // PAGE) - len(pages)
+        missing = max(-(-len(request.token_ids) // PAGE) - len(pages), 0)  # drafts may have taken one more
         shared = at < len(pages) and self.pool.is_shared(pages[at])
         if missing + shared > 0:
             taken = self.pool.take(missing + shared)
@@ -255,5 +259,5 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.pages)
         request.pages = []
-        request.n_computed = request.n_chained = 0
+        request.n_computed = request.n_chained = request.n_in_draft = 0
         request.chain = ROOT

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class CpuRunner:
-    """A model as a native program, with its KV cache and its threads (None: as many as this process may use)."""
+    """A model as a native program, with its KV cache and its threads (None: as many as this process may use).
+
+    `pool` and `cache` are another runner's, for a draft: its threads, and keys and values that both read and write.
+    """
 
     def __init__(
         self,
@@ -27,6 +30,8 @@ class CpuRunner:
         kv_dtype: str = "f32",
         max_tokens: int = 512,
         threads: int | None = None,
+        pool: _native.Pool | None = None,
+        cache: _native.KvCache | None = None,
     ) -> None:
         if kv_dtype not in KV_DTYPES:
             raise ParameterError(f"kv_dtype is {kv_dtype!r}: expected one of {', '.join(KV_DTYPES)}")
@@ -39,8 +44,8 @@ class CpuRunner:
             raise ConfigError(f"this model does not run on the CPU: {error}") from None
         self.model = model
         self.program = recorder.program
-        self.pool = _native.Pool(threads or _native.usable_processors())
-        self.cache = _native.KvCache(cfg.n_layers, n_pages, cfg.n_kv_heads, cfg.head_dim, kv_dtype)
+        self.pool = pool or _native.Pool(threads or _native.usable_processors())
+        self.cache = cache or _native.KvCache(cfg.n_layers, n_pages, cfg.n_kv_heads, cfg.head_dim, kv_dtype)
 
     def run(self, batch: Batch) -> memoryview:
         """See ops.Runner. The interpreter lock is free meanwhile."""

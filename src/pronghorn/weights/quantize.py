@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,15 +58,23 @@ EXACT = ("q4_0", "q4_1", "q8_0")
 QUANTIZED = {"int8": Target("int8", 64), "int4": Target("int4", 32)}
 """What `--dtype int8` and `int4` make of other weights."""
 
+DRAFTS = {"self-int8": (Target("int8", 64), Target("int8", 64)), "self-int4": (Target("int4", 32), Target("int4", 64))}
+"""What a draft's copy makes of a weight; the second of one that has 4 bits in the file, so as not to be the same."""
 
-def target_of(parameter: Parameter, tensor: Tensor, dtype: str) -> Target:
-    """The form that `dtype` ("auto": the file's own) gives to one weight."""
+DRAFT_HEAD = Target("int8", 64)
+"""Of a draft's head, where 4 bits cost more right drafts than all other weights together."""
+
+
+def target_of(parameter: Parameter, tensor: Tensor, dtype: str, head: bool = False) -> Target:
+    """The form that `dtype` ("auto": the file's own; or a draft's name) gives to one weight."""
     if parameter.kind == "vector":
         return Target("f32")
     own = tensor.dtype if tensor.dtype in ("f32", "f16", "bf16") else "f32"
     if parameter.kind == "table":
         return Target(dtype if dtype in DTYPES else own)
     block = BLOCKS.get(tensor.dtype)
+    if dtype in DRAFTS:
+        return DRAFT_HEAD if head else DRAFTS[dtype][block is not None and block.format == "int4"]
     if dtype == "auto":
         return block or Target(own)
     if block and tensor.dtype in EXACT and block.format == dtype:
@@ -101,12 +109,14 @@ def prepare(
     tensors: Mapping[str, Tensor],
     dtype: str,
     threads: int | None = None,
+    heads: Collection[str] = (),
 ) -> dict[str, Matrix]:
     """The weights by parameter name, ready to run: the file's own bytes, or converted ones from the cache.
 
-    `dtype` is "auto", f32, f16, bf16, int8 or int4. Raises CheckpointError for a weight that cannot be converted.
+    `dtype` is "auto", f32, f16, bf16, int8 or int4, or one of DRAFTS, whose `heads` names the matrices that give the
+    logits. Raises CheckpointError for a weight that cannot be converted.
     """
-    plan = {name: target_of(parameter, tensors[name], dtype) for name, parameter in parameters.items()}
+    plan = {name: target_of(p, tensors[name], dtype, name in heads) for name, p in parameters.items()}
     data = {name: tensors[name].data for name in plan if tensors[name].dtype == plan[name].format}
     todo = {name: packed_bytes(parameters[name], plan[name]) for name in plan if name not in data}
     if todo:
