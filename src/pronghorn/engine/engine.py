@@ -11,12 +11,12 @@ from pronghorn import _native
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
-from pronghorn.engine.speculate import Draft, Proposal, Speculator
 from pronghorn.errors import ParameterError, PromptError, PronghornError
 from pronghorn.ops import PAGE, Batch, Runner
 
 if TYPE_CHECKING:
     from pronghorn.engine.grammar import Mask, Masks
+    from pronghorn.engine.speculate import Draft, Proposal, Speculator
 
 
 class Stats(NamedTuple):
@@ -76,6 +76,8 @@ class Engine:
 
     def speculate(self, draft: Draft, *, lengths: int | None = None) -> None:
         """Has tokens drafted, which changes none of them; `lengths` fixes how many, else what pays is found out."""
+        from pronghorn.engine.speculate import Speculator
+
         self.speculator = Speculator(draft, self.pool, max_tokens=self.scheduler.max_tokens, lengths=lengths)
 
     def check(self, request: Request) -> None:
