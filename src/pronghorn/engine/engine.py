@@ -31,6 +31,8 @@ class Stats(NamedTuple):
     cached_tokens: int  # of these, not computed, as the prefix cache or another sample had them
     generated_tokens: int
     preemptions: int
+    drafted_tokens: int  # proposed by a draft
+    accepted_tokens: int  # of these, those that were right
 
 
 class Engine:
@@ -153,6 +155,8 @@ class Engine:
             cached_tokens=scheduler.n_cached,
             generated_tokens=self._n_generated,
             preemptions=scheduler.n_preempted,
+            drafted_tokens=self.speculator.n_drafted if self.speculator else 0,
+            accepted_tokens=self.speculator.n_accepted if self.speculator else 0,
         )
 
     def finish(self, request: Request, reason: str) -> None:
