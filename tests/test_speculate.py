@@ -157,6 +157,9 @@ def test_drafts_change_nothing(
     assert all_free(engine)
     assert sum(request.n_accepted for request in requests) == speculator_of(engine).n_accepted
     assert speculator_of(engine).n_accepted <= speculator_of(engine).n_drafted
+    stats = engine.stats()
+    assert stats.drafted_tokens == sum(request.n_drafted for request in requests)
+    assert stats.accepted_tokens == speculator_of(engine).n_accepted
 
 
 @pytest.mark.parametrize("kind", ["shared", "own"])

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overloa
 from pronghorn.engine.engine import Engine, Stats
 from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.engine.scheduler import Request, token_array
-from pronghorn.engine.speculate import ModelDraft, NgramDraft
 from pronghorn.errors import NoTokenizer, ParameterError, PromptError, PronghornError
 from pronghorn.generation import Chunk, Cost, Generation, Interrupted, Job, Output, Stream
 from pronghorn.models import Config, Model, model_of
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     from pronghorn.engine.grammar import Vocabulary
     from pronghorn.engine.pages import PagePool
+    from pronghorn.engine.speculate import ModelDraft
     from pronghorn.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")
@@ -129,6 +129,8 @@ class LLM:
             use_cache=use_cache,
         )
         if draft == "ngram":
+            from pronghorn.engine.speculate import NgramDraft
+
             self._engine.speculate(NgramDraft())
         if runs_ahead:
             cost = runs_ahead.weight_bytes / bytes_read(self.model, weights)
@@ -534,6 +536,8 @@ class DraftModel:
 
     def draft(self, pages: PagePool, cost: float) -> ModelDraft:
         """What the engine speculates with; `cost` is that of a token against the LLM's."""
+        from pronghorn.engine.speculate import ModelDraft
+
         config = self.model.config
         return ModelDraft(
             self.runner, pages, shared=self.shared, context=config.context, vocabulary=config.vocab_size,

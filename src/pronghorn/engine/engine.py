@@ -11,12 +11,12 @@ from pronghorn import _native
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
-from pronghorn.engine.speculate import Draft, Proposal, Speculator
 from pronghorn.errors import ParameterError, PromptError, PronghornError
 from pronghorn.ops import PAGE, Batch, Runner
 
 if TYPE_CHECKING:
     from pronghorn.engine.grammar import Mask, Masks
+    from pronghorn.engine.speculate import Draft, Proposal, Speculator
 
 
 class Stats(NamedTuple):
@@ -31,6 +31,8 @@ class Stats(NamedTuple):
     cached_tokens: int  # of these, not computed, as the prefix cache or another sample had them
     generated_tokens: int
     preemptions: int
+    drafted_tokens: int  # proposed by a draft
+    accepted_tokens: int  # of these, those that were right
 
 
 class Engine:
@@ -76,6 +78,8 @@ class Engine:
 
     def speculate(self, draft: Draft, *, lengths: int | None = None) -> None:
         """Has tokens drafted, which changes none of them; `lengths` fixes how many, else what pays is found out."""
+        from pronghorn.engine.speculate import Speculator
+
         self.speculator = Speculator(draft, self.pool, max_tokens=self.scheduler.max_tokens, lengths=lengths)
 
     def check(self, request: Request) -> None:
@@ -151,6 +155,8 @@ class Engine:
             cached_tokens=scheduler.n_cached,
             generated_tokens=self._n_generated,
             preemptions=scheduler.n_preempted,
+            drafted_tokens=self.speculator.n_drafted if self.speculator else 0,
+            accepted_tokens=self.speculator.n_accepted if self.speculator else 0,
         )
 
     def finish(self, request: Request, reason: str) -> None:
