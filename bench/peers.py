@@ -477,7 +477,8 @@ class Starts:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a prompt may be text."""
-    return folder.is_file() or any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "encoder.json"))
+    names = ("tokenizer.json", "vocab.json", "encoder.json")
+    return folder.is_file() or any((folder / name).exists() for name in names)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
