@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pronghorn.weights import wire
 from pronghorn.weights.files import fail, map_file, read_json, shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -239,39 +240,7 @@ def _message(value: Any) -> memoryview:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """Protocol buffers' wire format: (field number, integer | float | bytes); ValueError where it is broken."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        wire = key & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield key >> 3, value
-            continue
-        if wire == 2:
-            size, at = _varint(data, at)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise ValueError
-        if size > len(data) - at:
-            raise ValueError
-        part = data[at : at + size]
-        at += size
-        yield key >> 3, struct.unpack("<f", part)[0] if wire == 5 else part
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 64, 7):
-        if at >= len(data):
-            break
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError
+    return wire.fields(data, lambda part: struct.unpack("<f", part)[0] if len(part) == 4 else part)
 
 
 def _pieces(

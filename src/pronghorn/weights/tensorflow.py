@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from pronghorn.weights import wire
 from pronghorn.weights.files import fail, map_file, read_json, shown
 from pronghorn.weights.types import DTYPES, Tensor
 
@@ -25,7 +26,7 @@ _DTYPES = {1: "f32", 2: "f64", 3: "i32", 4: "u8", 5: "i16", 6: "i8", 9: "i64", 1
 """tensorflow/core/framework/types.proto."""
 
 
-class _Damaged(Exception):
+class _Damaged(ValueError):
     """What the parts of a table say when they are not one."""
 
 
@@ -51,7 +52,7 @@ def read_bundle(prefix: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
         header = _fields(entries.pop(b"", b""))
         n_shards = header.get(1, 0)
         found = {str(name, "utf-8"): _entry(value) for name, value in entries.items()}
-    except (_Damaged, struct.error, UnicodeDecodeError, TypeError) as error:
+    except (ValueError, struct.error, TypeError) as error:
         fail(index, f"is not a TensorFlow checkpoint's index, or is damaged ({str(error) or 'it is cut short'})")
     if header.get(2, 0) != 0:
         fail(index, "was written on a big-endian machine, which is not supported")
@@ -114,8 +115,8 @@ def _table(view: memoryview) -> Iterator[tuple[bytes, bytes]]:
 
 def _handle(data: memoryview, at: int) -> tuple[int, int, int]:
     """A BlockHandle (offset and size), and the position after it."""
-    offset, at = _varint(data, at)
-    return offset, *_varint(data, at)
+    offset, at = wire.varint(data, at)
+    return offset, *wire.varint(data, at)
 
 
 def _block(view: memoryview, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
@@ -136,9 +137,9 @@ def _block(view: memoryview, offset: int, size: int) -> Iterator[tuple[bytes, by
     end = len(data) - 4 * (1 + struct.unpack_from("<I", data, len(data) - 4)[0])  # where the restarts begin
     key, at = b"", 0
     while at < end:
-        shared, at = _varint(data, at)
-        unshared, at = _varint(data, at)
-        length, at = _varint(data, at)
+        shared, at = wire.varint(data, at)
+        unshared, at = wire.varint(data, at)
+        length, at = wire.varint(data, at)
         if shared > len(key) or at + unshared + length > end:
             raise _Damaged
         key = key[:shared] + bytes(data[at : at + unshared])
@@ -151,7 +152,7 @@ def _block(view: memoryview, offset: int, size: int) -> Iterator[tuple[bytes, by
 
 def snappy(data: memoryview) -> bytes:
     """Decompresses one block (github.com/google/snappy, format_description.txt)."""
-    length, at = _varint(data, 0)
+    length, at = wire.varint(data, 0)
     if length > LARGEST_BLOCK:
         raise _Damaged(f"a block of {length} bytes")
     out = bytearray()
@@ -213,37 +214,7 @@ def _fields(data: bytes | memoryview) -> dict[int, Any]:
 
 
 def _wire(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """Protocol buffers' wire format: (field number, integer | bytes)."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        wire = key & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield key >> 3, value
-        elif wire in (1, 2, 5):
-            size = 8 if wire == 1 else 4
-            if wire == 2:
-                size, at = _varint(data, at)
-            part = data[at : at + size]
-            at += size
-            if len(part) != size:
-                raise _Damaged
-            yield key >> 3, part if wire == 2 else int.from_bytes(part, "little")
-        else:
-            raise _Damaged
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 64, 7):
-        if at >= len(data):
-            break
-        value |= (data[at] & 127) << shift
-        at += 1
-        if data[at - 1] < 128:
-            return value, at
-    raise _Damaged
+    return wire.fields(data, lambda part: int.from_bytes(part, "little"))
 
 
 # OpenAI's GPT-2 -----------------------------------------------------------------------------------------------
