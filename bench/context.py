@@ -21,12 +21,12 @@ from functools import partial
 import numpy as np
 
 from pronghorn import _native
-from pronghorn.bench import machine, weights_read
+from pronghorn.bench import machine
 from pronghorn.engine.engine import Engine
 from pronghorn.engine.sampling import SamplingParams
 from pronghorn.engine.scheduler import Request
 from pronghorn.errors import PronghornError
-from pronghorn.llm import STEP_TOKENS, check_options, kv_bytes, open_model
+from pronghorn.llm import STEP_TOKENS, bytes_read, check_options, kv_bytes, open_model
 from pronghorn.models import model_for
 from pronghorn.ops import PAGE
 from pronghorn.ops.cpu import CpuRunner
@@ -46,7 +46,7 @@ def measure(model_name: str | None, dtype: str, kv_dtype: str, context: int, rou
     if context + steps > config.context:
         raise PronghornError(f"--context {context}: with {steps} steps it is more than the model's {config.context}")
     weights = prepare(checkpoint, model.parameters(), model.resolve(checkpoint.tensors), dtype, threads)
-    weight_bytes = sum(weight.data.nbytes for weight in weights_read(model, weights).values())
+    weight_bytes = bytes_read(model, weights)
     n_pages = sum(-(-(n + steps) // PAGE) + 1 for n in (SHORT, context))
     runner = CpuRunner(
         model, Module.of(weights), n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS, threads=threads

@@ -23,13 +23,21 @@ from pronghorn.engine.engine import Engine
 from pronghorn.engine.sampling import SamplingParams
 from pronghorn.engine.scheduler import Request
 from pronghorn.errors import CheckpointError, ParameterError, PronghornError
-from pronghorn.llm import STEP_TOKENS, check_options, free_memory, kv_bytes, open_model
+from pronghorn.llm import (
+    STEP_TOKENS,
+    check_options,
+    free_memory,
+    kv_bytes,
+    kv_dtype_for,
+    open_model,
+    weights_read,
+)
 from pronghorn.models import Model, model_for
 from pronghorn.ops import PAGE
 from pronghorn.ops.cpu import CpuRunner
 from pronghorn.weights import Checkpoint
 from pronghorn.weights.quantize import describe, prepare
-from pronghorn.weights.types import Dense, Matrix, Module
+from pronghorn.weights.types import Module
 
 DTYPES = ("f32", "bf16", "int8", "int4")
 PROMPT, LONG_PROMPT = 19, 512
@@ -58,7 +66,7 @@ class Subject:
         self.model, self.dtype = model, dtype
         config, parameters = model.config, model.parameters()
         weights = prepare(checkpoint, parameters, model.resolve(checkpoint.tensors), dtype, threads)
-        self.kv_dtype = kv_dtype_of(weights)
+        self.kv_dtype = kv_dtype_for(weights)
         self.token_bytes = kv_bytes(config, self.kv_dtype)
         self.read = weights_read(model, weights)
         self.weight_bytes = sum(weight.data.nbytes for weight in self.read.values())
@@ -140,18 +148,6 @@ class Subject:
 def pages_of(n_tokens: int) -> int:
     """Pages of a sequence, with room for the steps in which the prompts of other streams were still running."""
     return -(-(n_tokens + 4) // PAGE)
-
-
-def kv_dtype_of(weights: Mapping[str, Matrix]) -> str:
-    """The dtype that LLM gives keys and values by default."""
-    return "f32" if all(isinstance(w, Dense) and w.dtype != "bf16" for w in weights.values()) else "bf16"
-
-
-def weights_read(model: Model, weights: Mapping[str, Matrix]) -> dict[str, Matrix]:
-    """The weights that decoding a token reads as a whole: not the tables of which it looks up a row."""
-    kinds = {name: parameter.kind for name, parameter in model.parameters().items()}
-    looked_up = set() if model.config.tied else {model.EMBEDDING}
-    return {name: w for name, w in weights.items() if kinds[name] != "table" and name not in looked_up}
 
 
 def regions(views: Iterable[memoryview]) -> list[memoryview]:

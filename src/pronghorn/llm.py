@@ -99,8 +99,7 @@ class LLM:
         weights = prepare(self._checkpoint, self.model.parameters(), tensors, dtype, threads)
         config = self.model.config
         if kv_dtype == "auto":
-            wide = all(isinstance(w, Dense) and w.dtype != "bf16" for w in weights.values())
-            kv_dtype = "f32" if wide else "bf16"
+            kv_dtype = kv_dtype_for(weights)
         self.kv_dtype = kv_dtype
         sequences = SEQUENCES if device == "cpu" else 1
         token_bytes = kv_bytes(config, kv_dtype)
@@ -733,13 +732,21 @@ def room_of(group: Path) -> float:
     return math.inf
 
 
-def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
-    """Bytes of weights that decoding a token reads."""
+def kv_dtype_for(weights: Mapping[str, Matrix]) -> str:
+    """The dtype of keys and values by default."""
+    return "f32" if all(isinstance(w, Dense) and w.dtype != "bf16" for w in weights.values()) else "bf16"
+
+
+def weights_read(model: Model, weights: Mapping[str, Matrix]) -> dict[str, Matrix]:
+    """The weights that decoding a token reads as a whole: not the tables of which it looks up a row."""
     kinds = {name: parameter.kind for name, parameter in model.parameters().items()}
     looked_up = set() if model.config.tied else {model.EMBEDDING}
-    return sum(
-        weight.data.nbytes for name, weight in weights.items() if kinds[name] != "table" and name not in looked_up
-    )
+    return {name: w for name, w in weights.items() if kinds[name] != "table" and name not in looked_up}
+
+
+def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
+    """Bytes of weights that decoding a token reads."""
+    return sum(weight.data.nbytes for weight in weights_read(model, weights).values())
 
 
 def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
