@@ -101,8 +101,14 @@ inline void finish(const Linear& l, i64 row, i64 o, i64 n, F sum) {
 //
 // In the [in, out] order inputs come in units of kUnit, whose weights for 16 P outputs are P registers (`unit`, in an
 // order of outputs that `in_order` undoes), and whose inputs are the 4 bytes that `broadcast` takes.
-struct F32 {
-  using Element = float;
+inline F widen(const float* p) { return load(p); }
+inline F widen(const u16* p) { return load_f16(p); }
+inline F widen_first(const float* p, i64 n) { return load_first(p, n); }
+inline F widen_first(const u16* p, i64 n) { return load_f16_first(p, n); }
+
+template <typename E>
+struct Floats {
+  using Element = E;
   using X = float;
   using V = F;
   static constexpr i64 kStep = kLanes, kUnit = 1;
@@ -110,39 +116,28 @@ struct F32 {
   static i64 stride(const Linear& l) { return l.in.x_stride; }
   static V x(const X* p) { return load(p); }
   static V x_first(const X* p, i64 n) { return load_first(p, n); }
-  static V w(const Element* p) { return load(p); }
-  static V w_first(const Element* p, i64 n) { return load_first(p, n); }
+  static V w(const Element* p) { return widen(p); }
+  static V w_first(const Element* p, i64 n) { return widen_first(p, n); }
   static F multiply_add(V x, V w, F sum) { return fma(x, w, sum); }
   static V broadcast(const X* p) { return set(*p); }
   static V stored(const u8* p) { return load(reinterpret_cast<const float*>(p)); }
   static void keep(u8* p, V v) { store(reinterpret_cast<float*>(p), v); }
   template <int P>
   static void unit(const Element* p, i64 n_out, V out[P]) {
-    for (int v = 0; v < P; v++) out[v] = load(p + v * kLanes), prefetch(p + v * kLanes + 16 * n_out);
+    for (int v = 0; v < P; v++) out[v] = widen(p + v * kLanes), prefetch(p + v * kLanes + 16 * n_out);
   }
   template <int P>
   static void unit_first(const Element* p, i64, i64, i64 n, V out[P]) {
-    for (i64 v = 0; v < P; v++) out[v] = load_first(p + v * kLanes, within(n - v * kLanes, kLanes));
+    for (i64 v = 0; v < P; v++) out[v] = widen_first(p + v * kLanes, within(n - v * kLanes, kLanes));
   }
   template <int P>
   static void in_order(F[P]) {}
-  __attribute__((always_inline)) static void fetch(const Element* p, i64, i64 line) { prefetch(p + line * 16); }
-};
-
-struct F16 : F32 {
-  using Element = u16;
-  static V w(const Element* p) { return load_f16(p); }
-  static V w_first(const Element* p, i64 n) { return load_f16_first(p, n); }
-  template <int P>
-  static void unit(const Element* p, i64 n_out, V out[P]) {
-    for (int v = 0; v < P; v++) out[v] = load_f16(p + v * kLanes), prefetch(p + v * kLanes + 16 * n_out);
+  __attribute__((always_inline)) static void fetch(const Element* p, i64, i64 line) {
+    prefetch(p + line * (64 / i64(sizeof(Element))));
   }
-  template <int P>
-  static void unit_first(const Element* p, i64, i64, i64 n, V out[P]) {
-    for (i64 v = 0; v < P; v++) out[v] = load_f16_first(p + v * kLanes, within(n - v * kLanes, kLanes));
-  }
-  __attribute__((always_inline)) static void fetch(const Element* p, i64, i64 line) { prefetch(p + line * 32); }
 };
+using F32 = Floats<float>;
+using F16 = Floats<u16>;
 
 #if PRONGHORN_ISA_avx512bf16
 
@@ -827,6 +822,21 @@ void linear(const Linear& l, i64 begin, i64 end, void* scratch) {
 
 // ---- a linear's input in its weights' form -----------------------------------------------------------------------
 
+// What n values are divided by to fit into 8 bits: NaN if one is not finite, so that it does not vanish.
+struct Scale {
+  float scale, inverse;
+};
+inline Scale scale_of(const float* x, i64 n) {
+  F largest = zero(), bad = zero();
+  for (i64 i = 0; i < n; i += kLanes) {
+    const F v = load_first(x + i, smaller(kLanes, n - i));
+    largest = max(absolute(v), largest);
+    bad = fma(v, zero(), bad);
+  }
+  const float top = lanes_max(largest);
+  return {top / 127 + lanes_sum(bad), top > 1e-36f ? 127 / top : 0};  // smaller: no finite inverse
+}
+
 void quantize_rows(const float* x, i64 x_stride, i64 n_in, i64 group, std::int8_t* values, i64 stride, float* scales,
                    std::int32_t* sums, i64 begin, i64 end) {
   if (group == 0) group = n_in;
@@ -836,20 +846,13 @@ void quantize_rows(const float* x, i64 x_stride, i64 n_in, i64 group, std::int8_
     std::int8_t* out = values + row * stride;
     for (i64 g = 0; g < n_groups; g++) {
       const i64 first_input = g * group, last = smaller(n_in, first_input + group);
-      F largest = zero(),
-        bad = zero();  // what is not finite makes `bad` NaN, and with it the scale: it must not vanish
-      for (i64 i = first_input; i < last; i += kLanes) {
-        const F v = load_first(xr + i, smaller(kLanes, last - i));
-        largest = max(absolute(v), largest);
-        bad = fma(v, zero(), bad);
-      }
-      const float top = lanes_max(largest), inverse = top > 1e-36f ? 127 / top : 0;  // smaller: no finite inverse
+      const Scale scale = scale_of(xr + first_input, last - first_input);
       i32 sum = 0;
       for (i64 i = first_input; i < last; i += kLanes) {
         const i64 n = smaller(kLanes, last - i);
-        sum += store_int8_first(out + i, load_first(xr + i, n) * set(inverse), n);
+        sum += store_int8_first(out + i, load_first(xr + i, n) * set(scale.inverse), n);
       }
-      scales[row * n_groups + g] = top / 127 + lanes_sum(bad);
+      scales[row * n_groups + g] = scale.scale;
       sums[row * n_groups + g] = sum;
     }
     std::memset(out + n_in, 0, size_t(stride - n_in));
@@ -1008,21 +1011,6 @@ void rotate(const Rotation& rotation, float* x, i64 x_stride, i64 n_heads, i64 h
 inline u8* head_of(const KvLayer& kv, const KvLayout& layout, const Rows& rows, i64 row, i64 head, i64 position) {
   const i64 page = rows.page_table[rows.sequence[row] * rows.table_width + position / kPage];
   return kv.data + page * kv.page_stride + head * layout.size;
-}
-
-// What n values are divided by to fit into 8 bits: NaN if one is not finite, so that it does not vanish.
-struct Scale {
-  float scale, inverse;
-};
-inline Scale scale_of(const float* x, i64 n) {
-  F largest = zero(), bad = zero();
-  for (i64 i = 0; i < n; i += kLanes) {
-    const F v = load_first(x + i, smaller(kLanes, n - i));
-    largest = max(absolute(v), largest);
-    bad = fma(v, zero(), bad);
-  }
-  const float top = lanes_max(largest);
-  return {top / 127 + lanes_sum(bad), top > 1e-36f ? 127 / top : 0};  // smaller: no finite inverse
 }
 
 // Elements of one token in groups of G: element i to place i / G * stride + i % G.
