@@ -127,8 +127,40 @@ class Batch:
 class Runner(Protocol):
     """A model made ready on one device: weights in place, a KV cache of `n_pages` pages."""
 
+    draws: bool
+    """Whether it is a DrawingRunner, too."""
+
     def run(self, batch: Batch) -> memoryview:
         """Executes the batch -> logits, float32 `[len(logits_rows), vocabulary]`, valid until the next run."""
 
     def copy_page(self, source: int, target: int) -> None:
         """Makes a page of the KV cache equal to another, in all layers."""
+
+
+class Draw(NamedTuple):
+    """How a token is chosen from a row of logits: see engine.sampling. `position` is that of the token."""
+
+    row: int
+    seed: int
+    position: int
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    allowed: bytes | None = None
+
+
+class DrawingRunner(Runner, Protocol):
+    """A runner on a device that chooses tokens there, so that no logits have to come to the host."""
+
+    def launch(self, batch: Batch) -> None:
+        """Begins `run`, and does not wait for it."""
+
+    def wait(self) -> None:
+        """Waits until what was launched is done."""
+
+    def draw(self, draws: Sequence[Draw]) -> list[int]:
+        """The token of each row, the same as the native sampler's; -1 where the logits are not finite."""
+
+    def fetch(self) -> memoryview:
+        """All of the logits, as `run` gives them."""

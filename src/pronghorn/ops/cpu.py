@@ -21,6 +21,8 @@ class CpuRunner:
     `pool` and `cache` are another runner's, for a draft: its threads, and keys and values that both read and write.
     """
 
+    draws = False
+
     def __init__(
         self,
         model: Model,

@@ -28,6 +28,8 @@ PANEL = 16  # outputs that are packed together
 class ReferenceRunner:
     """A model in float64. `pages` is the KV cache, keys and values of `[layer, page, slot, head, dim]`."""
 
+    draws = False
+
     def __init__(
         self,
         model: Model,
