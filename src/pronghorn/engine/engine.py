@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pronghorn import _native
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
 from pronghorn.errors import ParameterError, PromptError, PronghornError
-from pronghorn.ops import PAGE, Batch, Runner
+from pronghorn.ops import PAGE, Batch, Draw, DrawingRunner, Runner
 
 if TYPE_CHECKING:
     from pronghorn.engine.grammar import Mask, Masks
@@ -126,15 +126,18 @@ class Engine:
             logits = self._run(batch)
         finally:  # they were computed meanwhile
             allowed = masks()
+        chosen: dict[int, int] = {}
+        if self.runner.draws:
+            chosen, logits = self._draw(work, drafts, allowed, len(batch.logits_rows))
         row = 0
         for request, n_tokens in work:
             row = self._prompt_logprobs(request, n_tokens, logits, row)
             self._commit(request, n_tokens)
             if request.n_computed == len(request.token_ids):
-                self._sample(request, logits, row, allowed.get(request))
+                self._sample(request, logits, row, allowed.get(request), chosen.get(row))
                 row += 1
                 if proposal := drafts.get(request):
-                    self._verify(proposal, logits, row)
+                    self._verify(proposal, logits, row, chosen)
                     row += len(proposal.token_ids)
                 advanced.append(request)
         self._n_steps += 1
@@ -189,13 +192,45 @@ class Engine:
             self.pool.release(pages)
 
     def _run(self, batch: Batch) -> memoryview:
-        """The batch's logits; what decoding takes, the speculator learns."""
-        if not self.speculator or len(batch.logits_rows) < len(batch.token_ids):
-            return self.runner.run(batch)
+        """The batch's logits, or none yet from a device that draws; what decoding takes, the speculator learns."""
+        learns = self.speculator and len(batch.logits_rows) == len(batch.token_ids)
         started = time.perf_counter()
-        logits = self.runner.run(batch)
-        self.speculator.ran(len(batch.token_ids), time.perf_counter() - started)
+        if self.runner.draws:
+            runner, logits = cast("DrawingRunner", self.runner), memoryview(b"")
+            runner.launch(batch)
+            if learns:
+                runner.wait()
+        else:
+            logits = self.runner.run(batch)
+        if self.speculator and learns:
+            self.speculator.ran(len(batch.token_ids), time.perf_counter() - started)
         return logits
+
+    def _draw(
+        self,
+        work: list[tuple[Request, int]],
+        drafts: Mapping[Request, Proposal],
+        allowed: Mapping[Request, Mask | PronghornError],
+        n_rows: int,
+    ) -> tuple[dict[int, int], memoryview]:
+        """Tokens drawn on the device, by row, and the logits, if other rows need them here."""
+        row, draws = 0, list[Draw]()
+        for request, n_tokens in work:
+            if request.wants_prompt:
+                row += len(prompt_rows(request, request.n_computed, request.n_computed + n_tokens))
+            if n_tokens < request.n_left:
+                continue
+            n_drafted = len(drafts[request].token_ids) if request in drafts else 0
+            mask, params = allowed.get(request), request.params
+            if params.draws_from_logits and not isinstance(mask, PronghornError) and not (request.grammar and n_drafted):
+                how = params.temperature, params.top_k, params.top_p, params.min_p, mask
+                length = len(request.token_ids)
+                draws += (Draw(row + i, request.seed, length + i, *how) for i in range(n_drafted + 1))
+            row += n_drafted + 1
+        runner = cast("DrawingRunner", self.runner)
+        tokens = runner.draw(draws) if draws else []
+        logits = runner.fetch() if len(draws) < n_rows else memoryview(b"")
+        return {draw.row: token_id for draw, token_id in zip(draws, tokens, strict=True)}, logits
 
     def _batch(self, work: list[tuple[Request, int]], drafts: Mapping[Request, Proposal]) -> Batch:
         batch = Batch(table_width=max(len(request.pages) for request, _ in work))
@@ -218,14 +253,14 @@ class Engine:
                 batch.sequence.append(row)
         return batch
 
-    def _verify(self, proposal: Proposal, logits: memoryview, row: int) -> None:
+    def _verify(self, proposal: Proposal, logits: memoryview, row: int, chosen: Mapping[int, int]) -> None:
         """Commits drafts as long as they are what was chosen anyway, each with the choice that follows it."""
         request, n_right = proposal.request, 0
         for token_id in proposal.token_ids:
             if request.finish_reason or request.token_ids[-1] != token_id:
                 break
             self._commit(request, 1)
-            self._sample(request, logits, row + n_right)
+            self._sample(request, logits, row + n_right, None, chosen.get(row + n_right))
             n_right += 1
         assert self.speculator
         self.speculator.verified(proposal, n_right)
@@ -265,7 +300,12 @@ class Engine:
         return row
 
     def _sample(
-        self, request: Request, logits: memoryview, row: int, allowed: Mask | PronghornError | None = None
+        self,
+        request: Request,
+        logits: memoryview,
+        row: int,
+        allowed: Mask | PronghornError | None = None,
+        drawn: int | None = None,
     ) -> None:
         params, ids = request.params, request.token_ids
         try:
@@ -273,9 +313,14 @@ class Engine:
                 raise request.error
             if isinstance(allowed, PronghornError):
                 raise allowed
-            if request.grammar and allowed is None:
-                allowed = request.grammar.mask()
-            token_id = request.sampler.choose(logits, row, self.vocabulary, ids, request.n_prompt, allowed)
+            if drawn is not None:
+                if drawn < 0:
+                    raise PronghornError("the model's logits are not finite")
+                token_id = drawn
+            else:
+                if request.grammar and allowed is None:
+                    allowed = request.grammar.mask()
+                token_id = request.sampler.choose(logits, row, self.vocabulary, ids, request.n_prompt, allowed)
             if params.logprobs is not None or params.best_of is not None:
                 found = _native.log_probabilities(logits, row, self.vocabulary, token_id, params.logprobs or 0)
                 request.logprobs.append(Logprob(token_id, found[0][1], found[1:]))

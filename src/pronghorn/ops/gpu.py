@@ -53,6 +53,10 @@ class Packed(NamedTuple):
     zero: int = 0
 
     @property
+    def n_out(self) -> int:
+        return len(self.words)
+
+    @property
     def minima(self) -> bool:
         return self.scales is not None and self.scales.dtype == torch.int32
 

@@ -154,7 +154,7 @@ def matvec_kernel(x, words, scales, norm_weight, norm_bias, bias, residual, out,
                     v = (v - means[m]) * roots[m]
                 if NORM != "":
                     v = v * tl.load(norm_weight + k, mask=known, other=0.0)
-                if NORM == "layer":
+                if NORM == "layer" and norm_bias is not None:
                     v = v + tl.load(norm_bias + k, mask=known, other=0.0)
                 if MINIMA:
                     whole += v
@@ -204,7 +204,7 @@ def store_kernel(qkv, cos, sin, positions, table, q_out, pages, scales, row_stri
             mate, pair, sign = d ^ 1, d // 2, tl.where(d % 2 == 0, -1.0, 1.0)
         else:
             mate, pair, sign = tl.where(d < PAIRS, d + PAIRS, d - PAIRS), d % PAIRS, tl.where(d < PAIRS, -1.0, 1.0)
-        turns = (d < 2 * PAIRS) & (head < HEADS + KV_HEADS)
+        turns = d < tl.where(head < HEADS + KV_HEADS, 2 * PAIRS, 0)
         c = tl.load(cos + row * PAIRS + pair, mask=turns, other=1.0)
         s = tl.load(sin + row * PAIRS + pair, mask=turns, other=0.0)
         y = y * c + sign * tl.load(source + mate, mask=turns, other=0.0) * s
@@ -295,7 +295,7 @@ def race_kernel(logits, inverse, seeds, positions, best, winner, size, BLOCK: tl
     score = z.to(tl.float64)
     if scale > 0:
         zero = tl.zeros_like(ids)
-        words = tl.philox(tl.load(seeds + row), ids // 4, zero + tl.load(positions + row), zero, zero)
+        words = tl.philox(tl.load(seeds + row), ids // 4, zero + tl.load(positions + row).to(tl.int32), zero, zero)
         low = tl.where(ids % 2 == 0, words[0], words[1])
         word = tl.where(ids % 4 < 2, low, tl.where(ids % 2 == 0, words[2], words[3]))
         u = (word.to(tl.uint32, bitcast=True).to(tl.float64) + 0.5) * 2.3283064365386963e-10
@@ -338,6 +338,7 @@ def matvec(
         NORM=kind, ACTIVATION=activation or "", GATE=gate, FORMAT=w.format, GROUP=w.group, MINIMA=w.minima, ZERO=w.zero,
         FIELDS=w.n_in // n_words, ROWS=together, BLOCK_N=block_n, BLOCK_W=block_w,
         BLOCK_X=triton.next_power_of_2(w.n_in) if kind == "layer" else 1, num_warps=warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return out[:rows]
 
