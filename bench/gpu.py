@@ -5,11 +5,11 @@
     python bench/gpu.py --tune                               # tables for ops/gpu_kernels.py: LAYOUTS
     python bench/gpu.py --device cpu --tiny                  # does all of it work?
 
-Models have random weights, made on the device. Tokens are counted and timed by the engine's steps, so that scheduling and
+Models have random weights, made on the device. Tokens are counted and timed by the engine's steps, so scheduling and
 sampling are in; GB/s are the weights that a token reads, and the share is that of what a large copy reaches in this run
 (bytes read and written). The peers run in the same process: `method`, plain PyTorch as gpt-fast describes its way (one
 static model under torch.compile reduce-overhead, int8 by channel widened in the product, int4 by PyTorch's own kernel),
-and transformers' generate with a static cache. A section begins only if its usual time is left; what is skipped is said.
+and transformers' generate with a static cache. A section begins only if its usual time is left, or says that not.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from torch import nn
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent))
-from shapes import SHAPES, llama
-
 from pronghorn import SamplingParams
 from pronghorn.engine.engine import Engine
 from pronghorn.engine.scheduler import Request
@@ -39,6 +37,7 @@ from pronghorn.models import Model, model_for
 from pronghorn.ops import PAGE, Attention, Rope
 from pronghorn.ops import gpu as house
 from pronghorn.weights.types import Module
+from shapes import SHAPES, llama
 
 TINY = llama(64, 96, 2, 4, 2, 272, head_dim=32)
 MODELS = ("llama-2-7b", "llama-3.1-8b", "llama-3.2-1b", "gpt2", "gpt2-xl")
@@ -125,7 +124,7 @@ class Bench:
     """A model on the device, under its engine."""
 
     def __init__(
-        self, name: str, format: str, device: str, batch: int = 1, *, weights: Module | None = None, context: int = CONTEXT
+        self, name: str, format: str, device: str, batch: int = 1, weights: Module | None = None, context: int = CONTEXT
     ) -> None:
         self.device, self.model = device, model_for(config_of(name))
         self.model.config.context = min(context, self.model.config.context)
@@ -209,8 +208,23 @@ def check_matvec(device: str, sizes: list[tuple[int, int]], rows_of: tuple[int, 
         got = {n: kernels.matvec(x[:n], w, parts, bias, activation, gate, residual[:n]) for n in rows_of}
         worst = max(float(((out - y[:n]).abs() / size).max()) for n, out in got.items())
         differ = sum(int((out[:1] != got[rows_of[0]][:1]).sum()) for out in got.values())
-        what = f"{format}{f'-{group}' if group else ''} {n_out}x{n_in} {norm or '-'} {activation or '-'}{' gate' * gate}"
+        what = f"{format}-{group} {n_out}x{n_in} {norm or '-'} {activation or '-'}{' gate' * gate}"
         yield what, worst, 2e-6, differ
+
+
+def check_matmul(device: str, sizes: list[tuple[int, int]], rows_of: tuple[int, ...]) -> Iterator[Any]:
+    """Products of many rows; weights and inputs are rounded to bf16 on the way -> the same."""
+    from pronghorn.ops import gpu_kernels as kernels
+
+    for (format, group), (n_out, n_in), rows in itertools.product(
+        (("int8", 0), ("int8", 64), ("int4", 32), ("int4", 128)), sizes, rows_of
+    ):
+        w, x = random_packed(n_out, n_in, format, group, device, 1.0), torch.randn(rows, n_in, device=device)
+        got = kernels.matmul(house.reordered(x, house.FIELDS[format]), w).double()
+        exact = w.unpack().double()
+        want, size = x.double() @ exact.T, x.double().abs() @ exact.abs().T
+        what = f"{format}-{group} {n_out}x{n_in} of {rows} rows"
+        yield what, float(((got - want).abs() / size).max()), 2.0**-7, 0
 
 
 def check_attention(device: str, lengths: tuple[int, ...], dims: tuple[int, ...]) -> Iterator[Any]:
@@ -237,7 +251,9 @@ def check_attention(device: str, lengths: tuple[int, ...], dims: tuple[int, ...]
         got = kernels.attend(turned, at, table, spec, pages, scales).double()
         for i, length in enumerate(lengths):
             slots = (table[i].long()[:, None] * PAGE + torch.arange(PAGE, device=device)).view(-1)[:length]
-            k, v = (pages[part, 1, slots].double() * (1 if scales is None else scales[part, 1, slots]) for part in (0, 1))
+            k, v = (pages[part, 1, slots].double() for part in (0, 1))
+            if scales is not None:
+                k, v = k * scales[0, 1, slots], v * scales[1, 1, slots]
             first = 0 if window is None else max(0, length - window)
             k, v = (part[first:].repeat_interleave(heads // kv_heads, dim=1) for part in (k, v))
             q = turned[i].double().view(heads, dim)
@@ -258,7 +274,8 @@ def checks(device: str, tiny: bool) -> list[dict[str, Any]]:
     attention = check_attention(device, (1, 33, 70) if tiny else (1, 33, 700, 1024), (16,) if tiny else (64, 128))
     rows = []
     try:
-        for what, worst, bound, differ in itertools.chain(check_matvec(device, sizes, rows_of), attention):
+        many = check_matmul(device, sizes, (9,) if tiny else (9, 32, 100, 512))
+        for what, worst, bound, differ in itertools.chain(check_matvec(device, sizes, rows_of), many, attention):
             rows.append({"what": what, "error": worst, "bound": bound, "bits_differ": differ})
             assert worst <= bound, rows[-1]
     finally:
@@ -446,8 +463,8 @@ def checks_section(r: Report) -> None:
         return r.add("checks", **rows[0])
     worst = max(rows, key=lambda row: row["error"] / row["bound"])
     bits = [row["what"] for row in rows if row["bits_differ"]]
-    r.add("checks", passed=len(rows), worst=worst["what"], error=worst["error"], rows_change_bits=", ".join(bits) or "none")
-    return None
+    found = {"worst": worst["what"], "error": worst["error"], "rows_change_bits": ", ".join(bits) or "none"}
+    return r.add("checks", passed=len(rows), **found)
 
 
 def decode_section(r: Report) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from typing_extensions import Buffer
 
+from pronghorn.ops import Choice, Chosen
+
 PAGE: int
 """Tokens in a page of the KV cache: ops.PAGE."""
 
@@ -160,6 +162,19 @@ class Sampler:
         withheld: Sequence[int],
         min_tokens: int,
     ) -> None: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def plain(self) -> bool:
+        """Whether a token needs its row of logits alone, and a mask: no history, no biases."""
     def choose(
         self,
         logits: Buffer,
@@ -170,6 +185,9 @@ class Sampler:
         allowed: Buffer | None = None,
     ) -> int:
         """`allowed`: a bit for each token, in words of 32, the lowest first; tokens past its end are not allowed."""
+
+def choose_rows(logits: Buffer, vocabulary: int, wanted: Sequence[Choice], pool: Pool | None = None) -> list[Chosen]:
+    """See ops.Runner.choose."""
 
 def log_probabilities(
     logits: Buffer, row: int, vocabulary: int, chosen: int, n_top: int

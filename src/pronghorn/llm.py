@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pronghorn.engine.grammar import Vocabulary
     from pronghorn.engine.pages import PagePool
     from pronghorn.engine.speculate import ModelDraft
-    from pronghorn.parallel import Group
     from pronghorn.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")
@@ -105,9 +104,14 @@ class LLM:
             from pronghorn import parallel
 
             ranked = parallel.local_model(self.model, tensor_parallel)
-            arguments = {"model": str(self.path), "dtype": dtype, "device": device, "kv_dtype": kv_dtype}
-            more = {"kv_memory": kv_memory, "use_cache": use_cache, "tensor_parallel": tensor_parallel}
-            self._group = parallel.Group(tensor_parallel, device, arguments | more)
+            arguments: dict[str, Any] = {
+                "model": str(self.path),
+                "dtype": dtype,
+                "device": device,
+                "kv_dtype": kv_dtype,
+            }
+            arguments |= {"kv_memory": kv_memory, "use_cache": use_cache, "tensor_parallel": tensor_parallel}
+            self._group = parallel.Group(tensor_parallel, device, arguments)
             parameters, tensors = parallel.divided(parameters, tensors, self._group.rank, tensor_parallel)
         weights = prepare(self._checkpoint, parameters, tensors, dtype, threads, keep=self._group is None)
         config = ranked.config
@@ -120,7 +124,8 @@ class LLM:
         all_bytes = token_bytes + (runs_ahead.token_bytes(kv_dtype) if runs_ahead else 0)
         n_pages = pages_for(all_bytes, config.context, sequences, kv_memory)
         try:
-            runner = runner_for(ranked, Module.of(weights), device, threads, n_pages, kv_dtype, group=self._group)
+            more = {"group": self._group, "waits": draft is not None}
+            runner = runner_for(ranked, Module.of(weights), device, threads, n_pages, kv_dtype, **more)
             if runs_ahead:
                 runs_ahead.start(runner, n_pages, kv_dtype)
         except MemoryError:
@@ -549,8 +554,8 @@ class DraftModel:
                 cache=cache,
             )  # fmt: skip
         else:
-            cache = getattr(target, "cache", None) if self.shared else None
-            self.runner = runner_for(self.model, weights, self.device, self.threads, n_pages, kv_dtype, cache)
+            more = {"cache": getattr(target, "cache", None)} if self.shared else {}
+            self.runner = runner_for(self.model, weights, self.device, self.threads, n_pages, kv_dtype, **more)
 
     def draft(self, pages: PagePool, cost: float) -> ModelDraft:
         """What the engine speculates with; `cost` is that of a token against the LLM's."""
@@ -558,8 +563,7 @@ class DraftModel:
 
         config = self.model.config
         return ModelDraft(
-            self.runner, pages, shared=self.shared, context=config.context, vocabulary=config.vocab_size,
-            max_tokens=STEP_TOKENS, cost=cost,
+            self.runner, pages, shared=self.shared, context=config.context, max_tokens=STEP_TOKENS, cost=cost,
         )  # fmt: skip
 
 
@@ -631,7 +635,7 @@ def check_options(
     whole("tensor_parallel", tensor_parallel, 1, 1024)
     if tensor_parallel > 1:
         if device not in ("cuda", "torch:cpu"):
-            raise ParameterError(f"tensor_parallel is {tensor_parallel}: device {device!r} has no ranks: cuda, torch:cpu")
+            raise ParameterError(f"tensor_parallel is {tensor_parallel}: device {device!r} has no ranks (cuda has)")
         if draft not in (None, "ngram"):
             raise ParameterError(f"draft is {draft!r}: with tensor_parallel there is ngram alone")
     if dtype not in DTYPES:
@@ -671,10 +675,9 @@ def load_tokenizer(source: Any) -> Tokenizer:
 
 
 def runner_for(
-    model: Model, weights: Module, device: str, threads: int | None, n_pages: int, kv_dtype: str, cache: Any = None,
-    group: Group | None = None,
-) -> Runner:  # fmt: skip
-    """The model made ready on a device; `cache` and `group` are for a TorchRunner."""
+    model: Model, weights: Module, device: str, threads: int | None, n_pages: int, kv_dtype: str, **more: Any
+) -> Runner:
+    """The model made ready on a device; `more` is for a TorchRunner."""
     if device == "cpu":
         from pronghorn.ops.cpu import CpuRunner
 
@@ -689,7 +692,7 @@ def runner_for(
 
         return TorchRunner(
             model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS,
-            device=group.device if group else name, cache=cache, group=group,
+            device=name, **more,
         )  # fmt: skip
     except PronghornError as error:  # PyTorch is not there, or has no such device
         raise ParameterError(f"device is {device!r}: expected {DEVICES} ({error})") from None

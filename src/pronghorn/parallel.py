@@ -1,8 +1,8 @@
 """Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): a model's matrices divided among ranks.
 
 q, k, v and what opens an MLP are divided by outputs, so that each rank has heads and inner dimensions of its own; what
-closes them by inputs, and the ranks' parts are summed; embedding and head by the vocabulary. Every rank reads its part of
-the mapped file alone, and quantizes what it has read. Rank 0 has the engine; the others repeat its runner's calls.
+closes them by inputs, and the ranks' parts are summed; embedding and head by the vocabulary. Every rank reads its part
+of the mapped file alone, and quantizes what it has read. Rank 0 has the engine; the others repeat its runner's calls.
 
 The ranks are started by torchrun, or by rank 0 itself. They talk by NCCL on CUDA, else by gloo.
 """
@@ -41,7 +41,10 @@ VOCABULARY = ("embed_tokens", "wte", "lm_head")
 
 
 class Group:
-    """The ranks of a model, `rank` of `size`; there is one in a process. `crew`: the others, if this one started them."""
+    """The ranks of a model, `rank` of `size`, of which there is one in a process.
+
+    `crew`: the others, if this one has started them, for which `arguments` are LLM's. ParameterError for what is not so.
+    """
 
     def __init__(self, size: int, device: str, arguments: dict[str, Any]) -> None:
         try:
@@ -125,7 +128,7 @@ class Group:
                 runner.copy_page(*arrays[0])
             else:
                 token_ids, positions, sequence, rows, table = arrays
-                runner.launch(Batch(token_ids, positions, sequence, table, kind, rows))
+                runner.run(Batch(token_ids, positions, sequence, table, kind, rows, logits_here=False))
 
     def close(self) -> None:
         """Ends the others, and leaves."""
@@ -208,7 +211,7 @@ def part_of(tensor: Tensor, axis: int, rank: int, size: int, times: int = 1) -> 
     if lacking := times * wide - part.shape[axis]:
         part = np.concatenate((part, np.zeros((lacking, *part.shape[1:]), np.uint8)))
     shape[axis] = n * times
-    return tensor._replace(shape=tuple(shape), data=memoryview(part.reshape(-1)))
+    return tensor._replace(shape=tuple(shape), data=part.reshape(-1).data)
 
 
 class Crew:
@@ -249,7 +252,8 @@ class Crew:
         self.done = True
         how = signal.Signals(-process.returncode).name if process.returncode < 0 else f"status {process.returncode}"
         reason = said.splitlines()[-1] if said else "it said nothing"
-        print(f"pronghorn: rank {rank} of {len(self.processes) + 1} ended ({how}): {reason}", file=sys.stderr, flush=True)
+        which = f"rank {rank} of {len(self.processes) + 1}"
+        print(f"pronghorn: {which} ended ({how}): {reason}", file=sys.stderr, flush=True)
         for other in self.processes:
             other.kill()
         os._exit(1)

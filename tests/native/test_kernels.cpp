@@ -30,6 +30,7 @@
 #include "gguf.h"
 #include "pack.h"
 #include "program.h"
+#include "sampling.h"
 #include "threads.h"
 #include "twin.h"
 
@@ -1249,6 +1250,25 @@ void test_arg_max(const Kernels& kernels, Report& report) {
   }
 }
 
+void test_noise(const Kernels& kernels, Report& report) {
+  Random random(43);
+  const auto word = [&] { return static_cast<std::uint32_t>(random.in(0, UINT32_MAX)); };
+  for (int trial = 0; trial < 50; ++trial) {
+    const std::uint64_t key = trial ? std::uint64_t{word()} << 32 | word() : UINT64_MAX;
+    const std::uint32_t position = word(), first = trial % 5 ? static_cast<std::uint32_t>(random.in(0, 40000)) : word();
+    std::uint32_t words[4][kNoiseCounters], most[kNoiseLanes], largest[kNoiseLanes] = {};
+    kernels.noise(key, position, first, words[0], most);
+    for (int i = 0; i < kNoiseCounters; ++i) {
+      const auto want = philox({first + static_cast<std::uint32_t>(i), position, 0, 0}, key);
+      for (int j = 0; j < 4; ++j) {
+        report.expect(words[j][i] == want[static_cast<std::size_t>(j)], "a word is Philox's");
+        largest[i % kNoiseLanes] = std::max(largest[i % kNoiseLanes], words[j][i]);
+      }
+    }
+    report.expect(std::equal(most, most + kNoiseLanes, largest), "the largest words of the lanes");
+  }
+}
+
 void test_sum_exp(const Kernels& kernels, Report& report) {
   Random random(42);
   for (i64 trial = 1; trial <= 300; ++trial) {
@@ -1615,6 +1635,7 @@ const Test kTests[] = {
     {"attend", test_attend},
     {"arg_max", test_arg_max},
     {"sum_exp", test_sum_exp},
+    {"noise", test_noise},
 };
 
 struct PlainTest {

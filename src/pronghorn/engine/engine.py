@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from pronghorn import _native
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
 from pronghorn.errors import ParameterError, PromptError, PronghornError
-from pronghorn.ops import PAGE, Batch, Draw, DrawingRunner, Runner
+from pronghorn.ops import PAGE, Batch, Choice, Chosen, Runner
 
 if TYPE_CHECKING:
     from pronghorn.engine.grammar import Mask, Masks
@@ -126,20 +126,21 @@ class Engine:
             logits = self._run(batch)
         finally:  # they were computed meanwhile
             allowed = masks()
-        chosen: dict[int, int] = {}
-        if self.runner.draws:
-            chosen, logits = self._draw(work, drafts, allowed, len(batch.logits_rows))
-        row = 0
+        row, choices, rows = 0, list[Choice](), dict[Request, int]()
         for request, n_tokens in work:
             row = self._prompt_logprobs(request, n_tokens, logits, row)
             self._commit(request, n_tokens)
             if request.n_computed == len(request.token_ids):
-                self._sample(request, logits, row, allowed.get(request), chosen.get(row))
-                row += 1
-                if proposal := drafts.get(request):
-                    self._verify(proposal, logits, row, chosen)
-                    row += len(proposal.token_ids)
-                advanced.append(request)
+                drafted = drafts[request].token_ids if request in drafts else array("i")
+                rows[request] = row
+                choices += self._choices(request, row, drafted, allowed.get(request))
+                row += 1 + len(drafted)
+        chosen = iter(self.runner.choose(logits, choices) if choices else ())
+        for request, row in rows.items():
+            self._take(request, next(chosen))
+            if proposal := drafts.get(request):
+                self._verify(proposal, logits, row + 1, chosen)
+        advanced += rows
         self._n_steps += 1
         if not drafts:
             self.scheduler.pace.note(n_decoding, len(batch.token_ids) - n_decoding, self.clock() - started)
@@ -192,48 +193,17 @@ class Engine:
             self.pool.release(pages)
 
     def _run(self, batch: Batch) -> memoryview:
-        """The batch's logits, or none yet from a device that draws; what decoding takes, the speculator learns."""
-        learns = self.speculator and len(batch.logits_rows) == len(batch.token_ids)
+        """The batch's logits; what decoding takes, the speculator learns."""
+        if not self.speculator or len(batch.logits_rows) < len(batch.token_ids):
+            return self.runner.run(batch)
         started = time.perf_counter()
-        if self.runner.draws:
-            runner, logits = cast("DrawingRunner", self.runner), memoryview(b"")
-            runner.launch(batch)
-            if learns:
-                runner.wait()
-        else:
-            logits = self.runner.run(batch)
-        if self.speculator and learns:
-            self.speculator.ran(len(batch.token_ids), time.perf_counter() - started)
+        logits = self.runner.run(batch)
+        self.speculator.ran(len(batch.token_ids), time.perf_counter() - started)
         return logits
-
-    def _draw(
-        self,
-        work: list[tuple[Request, int]],
-        drafts: Mapping[Request, Proposal],
-        allowed: Mapping[Request, Mask | PronghornError],
-        n_rows: int,
-    ) -> tuple[dict[int, int], memoryview]:
-        """Tokens drawn on the device, by row, and the logits, if other rows need them here."""
-        row, draws = 0, list[Draw]()
-        for request, n_tokens in work:
-            if request.wants_prompt:
-                row += len(prompt_rows(request, request.n_computed, request.n_computed + n_tokens))
-            if n_tokens < request.n_left:
-                continue
-            n_drafted = len(drafts[request].token_ids) if request in drafts else 0
-            mask, params = allowed.get(request), request.params
-            if params.draws_from_logits and not isinstance(mask, PronghornError) and not (request.grammar and n_drafted):
-                how = params.temperature, params.top_k, params.top_p, params.min_p, mask
-                length = len(request.token_ids)
-                draws += (Draw(row + i, request.seed, length + i, *how) for i in range(n_drafted + 1))
-            row += n_drafted + 1
-        runner = cast("DrawingRunner", self.runner)
-        tokens = runner.draw(draws) if draws else []
-        logits = runner.fetch() if len(draws) < n_rows else memoryview(b"")
-        return {draw.row: token_id for draw, token_id in zip(draws, tokens, strict=True)}, logits
 
     def _batch(self, work: list[tuple[Request, int]], drafts: Mapping[Request, Proposal]) -> Batch:
         batch = Batch(table_width=max(len(request.pages) for request, _ in work))
+        batch.logits_here = any(request.wants_prompt for request, _ in work)
         for row, (request, n_tokens) in enumerate(work):
             start, end, at = request.n_computed, request.n_computed + n_tokens, len(batch.token_ids)
             batch.token_ids.extend(request.token_ids[start:end])
@@ -253,14 +223,17 @@ class Engine:
                 batch.sequence.append(row)
         return batch
 
-    def _verify(self, proposal: Proposal, logits: memoryview, row: int, chosen: Mapping[int, int]) -> None:
+    def _verify(self, proposal: Proposal, logits: memoryview, row: int, chosen: Iterator[Chosen]) -> None:
         """Commits drafts as long as they are what was chosen anyway, each with the choice that follows it."""
         request, n_right = proposal.request, 0
-        for token_id in proposal.token_ids:
+        following = [] if request.grammar else [next(chosen) for _ in proposal.token_ids]
+        for i, token_id in enumerate(proposal.token_ids):
             if request.finish_reason or request.token_ids[-1] != token_id:
                 break
             self._commit(request, 1)
-            self._sample(request, logits, row + n_right, None, chosen.get(row + n_right))
+            if request.grammar:
+                following += self.runner.choose(logits, self._choices(request, row + i))
+            self._take(request, following[i])
             n_right += 1
         assert self.speculator
         self.speculator.verified(proposal, n_right)
@@ -299,34 +272,49 @@ class Engine:
                 row += 1
         return row
 
-    def _sample(
+    def _choices(
         self,
         request: Request,
-        logits: memoryview,
         row: int,
+        drafted: array[int] | None = None,
         allowed: Mask | PronghornError | None = None,
-        drawn: int | None = None,
-    ) -> None:
+    ) -> list[Choice]:
+        """What is to be chosen after a request's tokens, and after each of its drafts, as if these were right.
+
+        Not so with a grammar, which must see a token to say what may follow it.
+        """
         params, ids = request.params, request.token_ids
+        n_top = params.logprobs if params.best_of is None else params.logprobs or 0
+        try:
+            if isinstance(allowed, PronghornError):
+                raise allowed
+            if request.grammar and allowed is None:
+                allowed = request.grammar.mask()
+        except PronghornError as error:
+            request.error, allowed = request.error or error, None
+        choices = [Choice(request.sampler, row, ids, request.n_prompt, allowed, n_top)]
+        if drafted and not request.grammar:
+            ahead = ids + drafted
+            choices += [
+                Choice(request.sampler, row + i, ahead[: len(ids) + i], request.n_prompt, None, n_top)
+                for i in range(1, 1 + len(drafted))
+            ]
+        return choices
+
+    def _take(self, request: Request, chosen: Chosen) -> None:
+        """Appends the token that was chosen, or ends the request, which no other minds."""
+        ids = request.token_ids
         try:
             if request.error:
                 raise request.error
-            if isinstance(allowed, PronghornError):
-                raise allowed
-            if drawn is not None:
-                if drawn < 0:
-                    raise PronghornError("the model's logits are not finite")
-                token_id = drawn
-            else:
-                if request.grammar and allowed is None:
-                    allowed = request.grammar.mask()
-                token_id = request.sampler.choose(logits, row, self.vocabulary, ids, request.n_prompt, allowed)
-            if params.logprobs is not None or params.best_of is not None:
-                found = _native.log_probabilities(logits, row, self.vocabulary, token_id, params.logprobs or 0)
+            if isinstance(chosen, str):  # such as: the logits are not finite
+                raise PronghornError(chosen)
+            token_id, found = chosen
+            if found:
                 request.logprobs.append(Logprob(token_id, found[0][1], found[1:]))
             if request.grammar and token_id not in request.stop_ids:
                 request.grammar.advance(token_id)
-        except (ValueError, PronghornError) as error:  # such as logits that are not finite: no other request minds
+        except PronghornError as error:
             request.error = request.error or PronghornError(f"token {len(ids)}: {error}")
             return self.finish(request, "error")
         ids.append(token_id)

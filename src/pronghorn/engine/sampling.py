@@ -158,13 +158,6 @@ class SamplingParams:
     def __delattr__(self, name: str) -> None:
         raise AttributeError("SamplingParams are immutable")
 
-    @property
-    def draws_from_logits(self) -> bool:
-        """Whether a token needs no more than its row of logits: no history, no biases, no probabilities to tell."""
-        history = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.min_tokens
-        told = self.logprobs is not None or self.best_of is not None
-        return not (history or told or self.logit_bias)
-
     def as_dict(self) -> dict[str, Any]:
         """The parameters that differ from their defaults, by name."""
         values = {name: getattr(self, name) for name in NAMES} | {"logit_bias": dict(self.logit_bias)}

@@ -12,9 +12,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from pronghorn.weights.types import Matrix, Module
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from pronghorn import _native
 
 PAGE = 32
 """Tokens in a page of the KV cache. Attention's sums are formed page by page: it is part of the numerics."""
@@ -105,7 +110,7 @@ class Batch:
     sequences, L rows of logits.
     """
 
-    __slots__ = ("logits_rows", "page_table", "positions", "sequence", "table_width", "token_ids")
+    __slots__ = ("logits_here", "logits_rows", "page_table", "positions", "sequence", "table_width", "token_ids")
 
     def __init__(
         self,
@@ -115,6 +120,7 @@ class Batch:
         page_table: array[int] | None = None,  # [R, table_width] flat
         table_width: int = 0,  # pages that a sequence may have
         logits_rows: array[int] | None = None,  # [L] indices into N, ascending
+        logits_here: bool = True,  # whether `run` has to give the logits: else `choose` alone reads them
     ) -> None:
         self.token_ids = array("i") if token_ids is None else token_ids
         self.positions = array("i") if positions is None else positions
@@ -122,45 +128,35 @@ class Batch:
         self.page_table = array("i") if page_table is None else page_table
         self.table_width = table_width
         self.logits_rows = array("i") if logits_rows is None else logits_rows
+        self.logits_here = logits_here
+
+
+class Choice(NamedTuple):
+    """A token to choose from a row of logits."""
+
+    sampler: _native.Sampler
+    row: int
+    history: array[int]  # prompt and output so far
+    n_prompt: int
+    allowed: Buffer | None = None  # a bit for each token, in words of 32, the lowest first
+    n_top: int | None = None  # likeliest tokens that are wanted beside the chosen one; None: no probabilities at all
+
+
+Chosen: TypeAlias = "tuple[int, list[tuple[int, float]]] | str"
+"""The token and the logarithms of the probabilities of itself and of the likeliest ones; or why there is none."""
 
 
 class Runner(Protocol):
     """A model made ready on one device: weights in place, a KV cache of `n_pages` pages."""
 
-    draws: bool
-    """Whether it is a DrawingRunner, too."""
-
     def run(self, batch: Batch) -> memoryview:
-        """Executes the batch -> logits, float32 `[len(logits_rows), vocabulary]`, valid until the next run."""
+        """Executes the batch -> logits, float32 `[len(logits_rows), vocabulary]`, valid until the next run.
+
+        Without `batch.logits_here` it may return before it is done, and give none.
+        """
 
     def copy_page(self, source: int, target: int) -> None:
         """Makes a page of the KV cache equal to another, in all layers."""
 
-
-class Draw(NamedTuple):
-    """How a token is chosen from a row of logits: see engine.sampling. `position` is that of the token."""
-
-    row: int
-    seed: int
-    position: int
-    temperature: float
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    allowed: bytes | None = None
-
-
-class DrawingRunner(Runner, Protocol):
-    """A runner on a device that chooses tokens there, so that no logits have to come to the host."""
-
-    def launch(self, batch: Batch) -> None:
-        """Begins `run`, and does not wait for it."""
-
-    def wait(self) -> None:
-        """Waits until what was launched is done."""
-
-    def draw(self, draws: Sequence[Draw]) -> list[int]:
-        """The token of each row, the same as the native sampler's; -1 where the logits are not finite."""
-
-    def fetch(self) -> memoryview:
-        """All of the logits, as `run` gives them."""
+    def choose(self, logits: memoryview, choices: Sequence[Choice]) -> list[Chosen]:
+        """Chooses tokens from what `run` gave."""

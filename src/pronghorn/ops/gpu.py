@@ -3,8 +3,8 @@
 As in the native house, the model function is called once and recorded, here to be fused: norms go into the products
 that read them, products of one input become one, and so do a gate and what it closes. A step of few rows runs by Triton
 kernels where there are any (ops/gpu_kernels.py), and on CUDA as a graph, captured once for each bucket of rows; longer
-ones, prompts above all, by PyTorch's own products, for which x is rounded to bf16 with bf16 weights (as on the CPU), and
-Int8 and Int4 become f32, or bf16 on a GPU.
+ones, prompts above all, by PyTorch's own products, for which x is rounded to bf16 with bf16 weights (as on the CPU);
+Int8 and Int4 are widened to f32 (or, by a kernel, to bf16).
 """
 
 # PyTorch's functional interface is typed as Any in part.
@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pronghorn import _native
 from pronghorn.errors import ParameterError, PronghornError
-from pronghorn.ops import KV_DTYPES, PAGE, Attention, Batch, Draw, Rope
+from pronghorn.ops import KV_DTYPES, PAGE, Attention, Batch, Choice, Chosen, Rope
 from pronghorn.weights.types import Dense, Int4, Int8, Matrix, Module
 
 try:
@@ -34,6 +35,8 @@ except ImportError as error:
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Rows of the steps that are captured as graphs."""
+
+NOT_FINITE = "the model's logits are not finite"
 
 FIELDS = {"f32": 1, "f16": 2, "bf16": 2, "int8": 4, "int4": 8}
 """Elements in a word of 32 bits."""
@@ -243,10 +246,10 @@ class Recorder:
         """Has a norm computed that nobody fuses."""
         return x if isinstance(x, Columns) else self.record(lambda step: step.get(x), x.x.width, x)
 
-    def embed(self, table: Leaf) -> Columns:
+    def embed(self, table: Any) -> Columns:
         return self.record(lambda step: step.embed(table), table.weight.n_in)
 
-    def positions(self, x: X, table: Leaf) -> Columns:
+    def positions(self, x: X, table: Any) -> Columns:
         value = self.value(x)
         return self.record(lambda step: step.get(value) + self.runner.table(table)[step.at.long()], value.width, value)
 
@@ -297,9 +300,10 @@ class Recorder:
 class TorchRunner:
     """A model on a PyTorch device.
 
-    `pages`: keys and values `[key or value, layer, page * PAGE + slot, kv head, dim]`; `scales`: of int8 ones, dim is 1;
-    `cache` is another runner's, for a draft that reads and writes the same. The page after the last is where rows that
-    fill up a bucket write. `group`: the ranks among which the weights, of which this one has its part, are divided.
+    `pages`: keys and values `[key or value, layer, page * PAGE + slot, kv head, dim]`; `scales`: of int8 ones, dim is 1.
+    The page after the last is where rows that fill up a bucket write. `cache` is another runner's, for a draft that reads
+    and writes the same. `group`: the ranks among which the weights, of which this one has its part, are divided. With
+    `waits`, `run` returns when it is done, for those who learn how long it takes.
     """
 
     def __init__(
@@ -313,17 +317,17 @@ class TorchRunner:
         device: str = "cpu",
         cache: tuple[torch.Tensor, torch.Tensor | None] | None = None,
         group: Group | None = None,
+        waits: bool = False,
     ) -> None:
         if kv_dtype not in KV_DTYPES:
             raise ParameterError(f"kv_dtype is {kv_dtype!r}: expected one of {', '.join(KV_DTYPES)}")
         try:
-            self.device = torch.device(device)
+            self.device = torch.device(group.device if group else device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:  # how PyTorch says that it has no such device
             raise ParameterError(f"device {device}: {str(error).splitlines()[0]}") from None
-        self.model, self.max_tokens, self.group = model, max_tokens, group
+        self.model, self.max_tokens, self.group, self.waits = model, max_tokens, group, waits
         self.kernels = kernels_for(self.device)
-        self.draws = self.kernels is not None  # see ops.Runner
         cfg = model.config
         shape = (2, cfg.n_layers, (n_pages + 1) * PAGE, cfg.n_kv_heads, cfg.head_dim)
         if cache is None:
@@ -347,14 +351,9 @@ class TorchRunner:
                     step.load(self)
         self.logits = torch.empty(0, cfg.vocab_size, device=self.device)  # of the last batch
 
+    @torch.inference_mode()
     def run(self, batch: Batch) -> memoryview:
         """See ops.Runner."""
-        self.launch(batch)
-        return self.fetch()
-
-    @torch.inference_mode()
-    def launch(self, batch: Batch) -> None:
-        """See ops.DrawingRunner."""
         n = len(batch.token_ids)
         if n > self.max_tokens:
             raise ParameterError(f"{n} tokens in a batch: at most {self.max_tokens}")
@@ -371,37 +370,57 @@ class TorchRunner:
         else:
             ids, at, wanted, pages = (torch.from_numpy(a).to(self.device) for a in (token_ids, positions, rows, by_row))
             self.logits = Step(self, ids, at, pages, wanted.long(), sequence).run()
+        if batch.logits_here or not self.kernels:
+            return self.fetched()
+        if self.waits and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return memoryview(b"")
 
-    def fetch(self) -> memoryview:
-        """See ops.DrawingRunner."""
+    def fetched(self) -> memoryview:
+        """The logits, in the host's memory."""
         return self.logits.cpu().contiguous().numpy().data
 
-    def wait(self) -> None:
-        """See ops.DrawingRunner."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     @torch.inference_mode()
-    def draw(self, draws: Sequence[Draw]) -> list[int]:
-        """See ops.DrawingRunner."""
-        assert self.kernels
-        logits, rows = self.logits, [draw.row for draw in draws]
+    def choose(self, logits: memoryview, choices: Sequence[Choice]) -> list[Chosen]:
+        """See ops.Runner: on the device, but for what needs a history, or the likeliest tokens."""
+        there = [i for i, c in enumerate(choices) if self.kernels and not c.n_top and c.sampler.plain]
+        here = sorted(set(range(len(choices))) - set(there))
+        found = dict(zip(there, self.drawn([choices[i] for i in there]) if there else (), strict=True))
+        if here:
+            rows = logits if len(logits) else self.fetched()
+            chosen = _native.choose_rows(rows, self.model.config.vocab_size, [choices[i] for i in here])
+            found |= zip(here, chosen, strict=True)
+        return [found[i] for i in range(len(choices))]
+
+    def drawn(self, choices: Sequence[Choice]) -> list[Chosen]:
+        """Chooses on the device."""
+        rows, logits = [c.row for c in choices], self.logits
         if rows != list(range(len(logits))):
             logits = logits[torch.tensor(rows, device=self.device)]
-        masked = [i for i, d in enumerate(draws) if d.allowed is not None]
-        limited = [i for i, d in enumerate(draws) if d.temperature and (d.top_k or d.top_p < 1 or d.min_p)]
+        left = logits
+        samplers = [c.sampler for c in choices]
+        limited = [(i, s) for i, s in enumerate(samplers) if s.temperature and (s.top_k or s.top_p < 1 or s.min_p)]
+        masked = [(i, bytes(c.allowed)) for i, c in enumerate(choices) if c.allowed is not None]
         if masked or limited:
-            logits = logits.clone()
-        for i in masked:
-            logits[i].masked_fill_(~allowed(draws[i].allowed or b"", logits[i]), -torch.inf)
-        for i in limited:
-            logits[i].masked_fill_(~likely(logits[i], draws[i]), -torch.inf)
-        return self.kernels.race(
-            logits,
-            [1 / draw.temperature if draw.temperature else 0.0 for draw in draws],
-            [draw.seed - (draw.seed >> 63 << 64) for draw in draws],
-            [draw.position for draw in draws],
+            left = logits.clone()
+        for i, mask in masked:
+            left[i].masked_fill_(~allowed(mask, left[i]), -torch.inf)
+        for i, sampler in limited:
+            left[i].masked_fill_(~likely(left[i], sampler), -torch.inf)
+        ids = self.kernels.race(
+            left,
+            [1 / s.temperature if s.temperature else 0.0 for s in samplers],
+            [s.seed - (s.seed >> 63 << 64) for s in samplers],
+            [len(c.history) for c in choices],
         )
+        chances = list[float]()
+        if any(c.n_top is not None for c in choices):
+            chosen = torch.tensor(ids, device=self.device).clamp(min=0)[:, None]
+            chances = (logits.double().gather(1, chosen)[:, 0] - logits.double().logsumexp(1)).tolist()
+        return [
+            NOT_FINITE if token < 0 else (token, [] if c.n_top is None else [(token, chances[i])])
+            for i, (c, token) in enumerate(zip(choices, ids, strict=True))
+        ]
 
     def copy_page(self, source: int, target: int) -> None:
         """See ops.Runner."""
@@ -559,7 +578,8 @@ class Step:
         """The norm of y."""
         weight, bias = self.runner.table(x.norm.weight), x.norm.get("bias")
         if x.kind == "layer":
-            return functional.layer_norm(y, y.shape[1:], weight, None if bias is None else self.runner.table(bias), x.eps)
+            shift = None if bias is None else self.runner.table(bias)
+            return functional.layer_norm(y, y.shape[1:], weight, shift, x.eps)
         runs = y.reshape(len(y), -1, len(weight))
         return functional.rms_norm(runs, runs.shape[2:], weight, x.eps).reshape(y.shape)
 
@@ -585,11 +605,12 @@ class Step:
         if self.kernels and isinstance(w, Packed) and 0 < len(x) <= self.kernels.MOST_ROWS:
             parts = None
             if norm is not None:
-                vectors = (None if v is None else self.runner.table(v) for v in (norm.norm.weight, norm.norm.get("bias")))
-                parts = norm.kind, norm.eps, *vectors
+                shift = norm.norm.get("bias")
+                shift = None if shift is None else self.runner.table(shift)
+                parts = norm.kind, norm.eps, self.runner.table(norm.norm.weight), shift
             y = self.kernels.matvec(x, w, parts, now[0], op.activation, op.gate, now[1])
         else:
-            y = multiply(x if norm is None else self.normed(x, norm), w)
+            y = multiply(x if norm is None else self.normed(x, norm), w, self.kernels)
             y = y if now[0] is None else y + now[0]
             if op.gate:
                 gate, up = y.chunk(2, dim=1)
@@ -698,13 +719,12 @@ def rows_of(table: Packed | torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return table.unpack(ids) if isinstance(table, Packed) else table[ids].float()
 
 
-def multiply(x: torch.Tensor, w: Packed | torch.Tensor) -> torch.Tensor:
-    """x @ w.T in float32: with bf16 matrices, and on a GPU with quantized ones, of x rounded to bf16."""
+def multiply(x: torch.Tensor, w: Packed | torch.Tensor, kernels: Any) -> torch.Tensor:
+    """Gives x @ w.T in float32: with bf16 matrices, and quantized ones where there are kernels, of bf16 inputs."""
     if isinstance(w, Packed):
-        if w.scales is None:
-            x, w = reordered(x, FIELDS[w.format]), w.in_order
-        else:
-            w = w.unpack().bfloat16() if x.is_cuda else w.unpack()
+        if w.scales is not None and kernels and len(x):
+            return kernels.matmul(reordered(x, FIELDS[w.format]), w)
+        x, w = (x, w.unpack()) if w.scales is not None else (reordered(x, FIELDS[w.format]), w.in_order)
     if w.dtype != torch.bfloat16:
         return functional.linear(x, w.float())
     if x.is_cuda:
@@ -718,18 +738,18 @@ def allowed(mask: bytes, logits: torch.Tensor) -> torch.Tensor:
     return functional.pad(bits, (0, len(logits) - len(bits))).to(logits.device)
 
 
-def likely(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
+def likely(logits: torch.Tensor, sampler: _native.Sampler) -> torch.Tensor:
     """Which tokens of a row top_k, top_p and min_p leave, as native/sampling.cpp has it."""
     found, ids = torch.sort(logits, descending=True, stable=True)
-    shares = ((found.double() - found[0].double()) / draw.temperature).exp()
+    shares = ((found.double() - found[0].double()) / sampler.temperature).exp()
     keep = torch.ones_like(ids, dtype=torch.bool)
-    if draw.top_k:
-        shares[draw.top_k :] = 0
-        keep[draw.top_k :] = False
-    if draw.top_p < 1:
-        keep &= shares.cumsum(0) - shares < draw.top_p * shares.sum()
-    if draw.min_p:
-        least = (found[0].double() + draw.temperature * math.log(draw.min_p)).float()
+    if sampler.top_k:
+        shares[sampler.top_k :] = 0
+        keep[sampler.top_k :] = False
+    if sampler.top_p < 1:
+        keep &= shares.cumsum(0) - shares < sampler.top_p * shares.sum()
+    if sampler.min_p:
+        least = (found[0].double() + sampler.temperature * math.log(sampler.min_p)).float()
         keep &= found >= torch.minimum(found[0], least)
     return torch.empty_like(keep).scatter_(0, ids, keep)
 

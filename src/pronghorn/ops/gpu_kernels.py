@@ -1,4 +1,4 @@
-"""Triton kernels for steps of few rows, where the weights' bytes are what costs.
+"""Triton kernels, above all for steps of few rows, where the weights' bytes are what costs.
 
 Matrices are stored in words of 32 bits, four of which a thread loads at once: element i of word j in such a chunk of 16
 bytes is input 4i + j, so that the inputs are read four at a time too, and nothing crosses a thread. A program computes
@@ -6,8 +6,9 @@ BLOCK_N outputs; its threads lie along the inputs, in an order that the sizes al
 rows, nor on how many there are. With TRITON_INTERPRET=1 all of it runs without a GPU.
 """
 
-# Triton's language has no types of its own.
-# mypy: disable-error-code="no-untyped-def,no-any-return,no-untyped-call"
+# Triton's language is Python's in form alone: tuples grow, and there are no types.
+# mypy: ignore-errors
+# ruff: noqa: RUF005
 
 from __future__ import annotations
 
@@ -121,7 +122,7 @@ def matvec_kernel(x, words, scales, norm_weight, norm_bias, bias, residual, out,
                   FORMAT: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr, ZERO: tl.constexpr,
                   FIELDS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
                   BLOCK_X: tl.constexpr):  # fmt: skip
-    """out = activation(norm(x) @ w.T + bias) + residual, or activation(gate) * up of a matrix [gate; up]."""
+    """Out = activation(norm(x) @ w.T + bias) + residual, or activation(gate) * up of a matrix [gate; up]."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < n_out
     first = tl.program_id(1) * ROWS  # of the rows, of which the last may stand for some beyond
@@ -190,9 +191,50 @@ def matvec_kernel(x, words, scales, norm_weight, norm_bias, bias, residual, out,
 
 
 @triton.jit
-def store_kernel(qkv, cos, sin, positions, table, q_out, pages, scales, row_stride, table_width, layer, n_layers, n_slots,
-                 PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-                 DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, INT8: tl.constexpr):  # fmt: skip
+def widened(code, scales, at, inside, MINIMA: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr):
+    """Codes as bf16 weights; without groups their scale is left to the end."""
+    w = code.to(tl.float32) - ZERO
+    if GROUP > 0:
+        s = tl.load(scales + at, mask=inside, other=0)
+        w = w * half_of(s, 0) + half_of(s, 1) if MINIMA else w * s.to(tl.float32)
+    return w.to(tl.bfloat16)
+
+
+@triton.jit
+def matmul_kernel(x, codes, scales, out, rows, n_out, n_bytes, n_groups,
+                  FORMAT: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr, ZERO: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Out = x @ w.T by tensor cores.
+
+    `x` is bf16, in the order of the codes' bytes: for int4 those of the low nibbles, then those of the high ones.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    each: tl.constexpr = 2 if FORMAT == "int4" else 1
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, n_bytes, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        known = k < n_bytes
+        inside = (n < n_out)[:, None] & known[None, :]
+        here = (m < rows)[:, None] & known[None, :]
+        byte = tl.load(codes + n[:, None].to(tl.int64) * n_bytes + k[None, :], mask=inside, other=0)
+        at = n[:, None].to(tl.int64) * n_groups + (k * each // GROUP if GROUP > 0 else k)[None, :]
+        part = x + m[:, None].to(tl.int64) * (each * n_bytes) + k[None, :]
+        low = widened(byte & 15 if each == 2 else byte, scales, at, inside, MINIMA, GROUP, ZERO)
+        acc = tl.dot(tl.load(part, mask=here, other=0.0), tl.trans(low), acc)
+        if each == 2:
+            high = widened(byte >> 4, scales, at, inside, MINIMA, GROUP, ZERO)
+            acc = tl.dot(tl.load(part + n_bytes, mask=here, other=0.0), tl.trans(high), acc)
+    if GROUP == 0:
+        acc *= tl.load(scales + n, mask=n < n_out, other=0.0)[None, :]
+    tl.store(out + m[:, None].to(tl.int64) * n_out + n[None, :], acc, mask=(m < rows)[:, None] & (n < n_out)[None, :])
+
+
+@triton.jit
+def store_kernel(qkv, cos, sin, positions, table, q_out, pages, scales,
+                 row_stride, table_width, layer, n_layers, n_slots, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+                 HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                 PAGE: tl.constexpr, INT8: tl.constexpr):  # fmt: skip
     """Turns a head of q into `q_out`, or of k into its page; v goes into its page as it is."""
     row, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
@@ -343,6 +385,21 @@ def matvec(
     return out[:rows]
 
 
+def matmul(x: Any, w: Any) -> torch.Tensor:
+    """Gives x @ w.T of any number of rows and a quantized matrix; `x` in the words' order (ops.gpu.reordered)."""
+    (rows, n_in), n_out = x.shape, len(w.words)
+    each = 2 if w.format == "int4" else 1
+    x = x.view(rows, -1, each).transpose(1, 2).to(torch.bfloat16).contiguous()
+    out = torch.empty(rows, n_out, device=x.device)
+    block_m, block_n = min(max(triton.next_power_of_2(rows), 16), 128), 32 if rows <= 64 else 128
+    matmul_kernel[triton.cdiv(n_out, block_n), triton.cdiv(rows, block_m)](
+        x, w.words.view(torch.uint8), w.scales, out, rows, n_out, n_in // each, w.scales.shape[1],
+        FORMAT=w.format, GROUP=w.group, MINIMA=w.minima, ZERO=w.zero,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, num_warps=4 if block_m <= 64 else 8,
+    )  # fmt: skip
+    return out
+
+
 def store(qkv: Any, at: Any, table: Any, spec: Any, turns: Any, pages: Any, scales: Any) -> torch.Tensor:
     """Turns q and k of `[tokens, q and k and v]`, and puts k and v into their pages -> q."""
     q = torch.empty(len(qkv), spec.n_heads * spec.head_dim, device=qkv.device)
@@ -388,7 +445,8 @@ def race(logits: Any, inverses: list[float], seeds: list[int], positions: list[i
     best = torch.empty(rows, n_blocks, dtype=torch.float64, device=logits.device)
     winner = torch.empty(rows, n_blocks, dtype=torch.int32, device=logits.device)
     out = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    race_kernel[rows, n_blocks](logits, given[2].view(torch.float64), given[0], given[1], best, winner, size, BLOCK=block)
+    inverse = given[2].view(torch.float64)
+    race_kernel[rows, n_blocks](logits, inverse, given[0], given[1], best, winner, size, BLOCK=block)
     finish_kernel[(rows,)](best, winner, out, n_blocks, BLOCK=triton.next_power_of_2(n_blocks))
     found: list[int] = out.tolist()
     return found
