@@ -43,7 +43,7 @@ VOCABULARY = ("embed_tokens", "wte", "lm_head")
 class Group:
     """The ranks of a model, `rank` of `size`, of which there is one in a process.
 
-    `crew`: the others, if this one has started them, for which `arguments` are LLM's. ParameterError for what is not so.
+    `crew`: the others, if this one has started them, for which `arguments` are LLM's.
     """
 
     def __init__(self, size: int, device: str, arguments: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ def part_of(tensor: Tensor, axis: int, rank: int, size: int, times: int = 1) -> 
     for start in range(0, times * each, each):
         begin, end = (min(start + r * wide, start + each) for r in (rank, rank + 1))
         pieces.append(data[(slice(None),) * axis + (slice(begin, end),)])
-    part = np.concatenate(pieces, axis)
+    part = np.ascontiguousarray(pieces[0]) if times == 1 else np.concatenate(pieces, axis)
     if lacking := times * wide - part.shape[axis]:
         part = np.concatenate((part, np.zeros((lacking, *part.shape[1:]), np.uint8)))
     shape[axis] = n * times

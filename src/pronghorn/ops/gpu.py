@@ -36,6 +36,9 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Rows of the steps that are captured as graphs."""
 
+FEW = 16
+"""Rows up to which all logits are computed for the graph's sake, where fewer are wanted."""
+
 NOT_FINITE = "the model's logits are not finite"
 
 FIELDS = {"f32": 1, "f16": 2, "bf16": 2, "int8": 4, "int4": 8}
@@ -300,9 +303,9 @@ class Recorder:
 class TorchRunner:
     """A model on a PyTorch device.
 
-    `pages`: keys and values `[key or value, layer, page * PAGE + slot, kv head, dim]`; `scales`: of int8 ones, dim is 1.
-    The page after the last is where rows that fill up a bucket write. `cache` is another runner's, for a draft that reads
-    and writes the same. `group`: the ranks among which the weights, of which this one has its part, are divided. With
+    `pages`: keys and values `[2, layer, page * PAGE + slot, kv head, dim]`; `scales`: of int8 ones, dim is 1. The page
+    after the last is where rows that fill up a bucket write. `cache` is another runner's, for a draft that reads and
+    writes the same. `group`: the ranks among which the weights, of which this one has its part, are divided. With
     `waits`, `run` returns when it is done, for those who learn how long it takes.
     """
 
@@ -343,6 +346,7 @@ class TorchRunner:
         def leaf(name: str) -> Leaf:
             return Leaf(name, reduce(Module.get, name.split("."), weights))
 
+        self.enter()
         self.record = Recorder(self)
         with torch.inference_mode():
             model.forward(self.record, Module.of({name: leaf(name) for name in model.parameters()}))
@@ -354,6 +358,7 @@ class TorchRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> memoryview:
         """See ops.Runner."""
+        self.enter()
         n = len(batch.token_ids)
         if n > self.max_tokens:
             raise ParameterError(f"{n} tokens in a batch: at most {self.max_tokens}")
@@ -362,11 +367,13 @@ class TorchRunner:
             self.group.send(batch.table_width, *arrays)
         token_ids, positions, sequence, rows, table = (np.array(a, np.int32) for a in arrays)
         by_row = table.reshape(-1, max(batch.table_width, 1))[sequence, : self.width]
-        if self.kernels and len(rows) == n <= BUCKETS[-1]:
+        if self.kernels and n <= (BUCKETS[-1] if len(rows) == n else FEW):
             size = next(size for size in BUCKETS if size >= n)
             if size not in self.buckets:
                 self.buckets[size] = Bucket(self, size)
             self.logits = self.buckets[size].run(token_ids, positions, by_row)[:n]
+            if len(rows) < n:
+                self.logits = self.logits[torch.from_numpy(rows).to(self.device).long()]
         else:
             ids, at, wanted, pages = (torch.from_numpy(a).to(self.device) for a in (token_ids, positions, rows, by_row))
             self.logits = Step(self, ids, at, pages, wanted.long(), sequence).run()
@@ -375,6 +382,11 @@ class TorchRunner:
         if self.waits and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return memoryview(b"")
+
+    def enter(self) -> None:
+        """Makes the device that of this thread, which Triton and streams go by."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def fetched(self) -> memoryview:
         """The logits, in the host's memory."""
@@ -394,6 +406,7 @@ class TorchRunner:
 
     def drawn(self, choices: Sequence[Choice]) -> list[Chosen]:
         """Chooses on the device."""
+        self.enter()
         rows, logits = [c.row for c in choices], self.logits
         if rows != list(range(len(logits))):
             logits = logits[torch.tensor(rows, device=self.device)]
@@ -424,6 +437,7 @@ class TorchRunner:
 
     def copy_page(self, source: int, target: int) -> None:
         """See ops.Runner."""
+        self.enter()
         if self.group:
             self.group.send(-1, array("i", [source, target]))
         for kept in self.cache:

@@ -115,7 +115,7 @@ def products(acc, words, scales, n, word, inside, xs, total, n_words, n_groups,
     return new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def matvec_kernel(x, words, scales, norm_weight, norm_bias, bias, residual, out,
                   rows, n_out, n_in, n_words, n_groups, x_stride, residual_stride, eps,
                   NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
@@ -192,21 +192,22 @@ def matvec_kernel(x, words, scales, norm_weight, norm_bias, bias, residual, out,
 
 @triton.jit
 def widened(code, scales, at, inside, MINIMA: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr):
-    """Codes as bf16 weights; without groups their scale is left to the end."""
+    """Codes as weights; without groups their scale is left to the end."""
     w = code.to(tl.float32) - ZERO
     if GROUP > 0:
         s = tl.load(scales + at, mask=inside, other=0)
         w = w * half_of(s, 0) + half_of(s, 1) if MINIMA else w * s.to(tl.float32)
-    return w.to(tl.bfloat16)
+    return w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def matmul_kernel(x, codes, scales, out, rows, n_out, n_bytes, n_groups,
                   FORMAT: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr, ZERO: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Out = x @ w.T by tensor cores.
 
-    `x` is bf16, in the order of the codes' bytes: for int4 those of the low nibbles, then those of the high ones.
+    `x` is bf16, or f32 for the interpreter, in the order of the codes' bytes: for int4 those of the low nibbles, then
+    those of the high ones.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -221,16 +222,17 @@ def matmul_kernel(x, codes, scales, out, rows, n_out, n_bytes, n_groups,
         at = n[:, None].to(tl.int64) * n_groups + (k * each // GROUP if GROUP > 0 else k)[None, :]
         part = x + m[:, None].to(tl.int64) * (each * n_bytes) + k[None, :]
         low = widened(byte & 15 if each == 2 else byte, scales, at, inside, MINIMA, GROUP, ZERO)
-        acc = tl.dot(tl.load(part, mask=here, other=0.0), tl.trans(low), acc)
+        acc = tl.dot(tl.load(part, mask=here, other=0.0), tl.trans(low.to(x.dtype.element_ty)), acc)
         if each == 2:
             high = widened(byte >> 4, scales, at, inside, MINIMA, GROUP, ZERO)
+            high = high.to(x.dtype.element_ty)
             acc = tl.dot(tl.load(part + n_bytes, mask=here, other=0.0), tl.trans(high), acc)
     if GROUP == 0:
         acc *= tl.load(scales + n, mask=n < n_out, other=0.0)[None, :]
     tl.store(out + m[:, None].to(tl.int64) * n_out + n[None, :], acc, mask=(m < rows)[:, None] & (n < n_out)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "n_layers"])
 def store_kernel(qkv, cos, sin, positions, table, q_out, pages, scales,
                  row_stride, table_width, layer, n_layers, n_slots, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
                  HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -266,7 +268,7 @@ def store_kernel(qkv, cos, sin, positions, table, q_out, pages, scales,
         tl.store(pages + kept * DIM + d, y.to(pages.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "n_layers", "window"])
 def attend_kernel(q, positions, table, pages, scales, best, weight, part, table_width, layer, n_layers, n_slots,
                   scale, window, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                   PAGE: tl.constexpr, SPLITS: tl.constexpr, INT8: tl.constexpr):  # fmt: skip
@@ -389,7 +391,7 @@ def matmul(x: Any, w: Any) -> torch.Tensor:
     """Gives x @ w.T of any number of rows and a quantized matrix; `x` in the words' order (ops.gpu.reordered)."""
     (rows, n_in), n_out = x.shape, len(w.words)
     each = 2 if w.format == "int4" else 1
-    x = x.view(rows, -1, each).transpose(1, 2).to(torch.bfloat16).contiguous()
+    x = x.view(rows, -1, each).transpose(1, 2).to(torch.bfloat16 if x.is_cuda else torch.float32).contiguous()
     out = torch.empty(rows, n_out, device=x.device)
     block_m, block_n = min(max(triton.next_power_of_2(rows), 16), 128), 32 if rows <= 64 else 128
     matmul_kernel[triton.cdiv(n_out, block_n), triton.cdiv(rows, block_m)](
