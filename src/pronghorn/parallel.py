@@ -101,6 +101,7 @@ class Group:
 
     def send(self, kind: int, *arrays: array[int]) -> None:
         """From rank 0, what the others do next: a batch of `kind` pages, -1 to copy a page, -2 to end."""
+        import numpy as np
         import torch
 
         if self.rank:
@@ -108,7 +109,7 @@ class Group:
         head = torch.tensor([kind, *(len(a) for a in arrays), *[0] * (5 - len(arrays))])
         self.together("broadcast", head, 0, group=self.words)
         if arrays:
-            body = torch.tensor(sum(arrays, array("i")), dtype=torch.int32)
+            body = torch.from_numpy(np.concatenate([np.array(a, np.int32) for a in arrays]))
             self.together("broadcast", body, 0, group=self.words)
 
     def follow(self, runner: Any) -> None:
@@ -123,7 +124,7 @@ class Group:
                 return
             body = torch.empty(sum(sizes), dtype=torch.int32)
             self.together("broadcast", body, 0, group=self.words)
-            arrays = [array("i", part.tolist()) for part in body.split(sizes)]
+            arrays = [array("i", part.numpy().tobytes()) for part in body.split(sizes)]
             if kind == -1:
                 runner.copy_page(*arrays[0])
             else:
@@ -132,10 +133,12 @@ class Group:
 
     def close(self) -> None:
         """Ends the others, and leaves."""
+        if self.crew:
+            self.crew.done = True
         self.send(-2)
         self.distributed.destroy_process_group()
-        if self.crew:
-            self.crew.close()
+        for process in self.crew.processes if self.crew else ():
+            process.wait()
 
 
 def local_model(model: Model, size: int) -> Model:
@@ -238,7 +241,7 @@ class Crew:
             )
             for rank in range(1, size)
         ]
-        self.done = False
+        self.done = False  # whether they have been told to end
         for rank, process in enumerate(self.processes, 1):
             threading.Thread(target=self.watch, args=(rank, process), daemon=True).start()
 
@@ -257,12 +260,6 @@ class Crew:
         for other in self.processes:
             other.kill()
         os._exit(1)
-
-    def close(self) -> None:
-        """They have been told to end."""
-        self.done = True
-        for process in self.processes:
-            process.wait()
 
 
 def main() -> None:
