@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -230,7 +230,7 @@ class Crew:
             port = str(free.getsockname()[1])
         self.method = f"tcp://127.0.0.1:{port}"
         place = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
-        command = [sys.executable, "-m", "pronghorn.parallel", json.dumps(arguments)]
+        command = [sys.executable, "-c", LOAD, json.dumps(arguments)]
         self.processes = [
             subprocess.Popen(
                 command,
@@ -262,21 +262,22 @@ class Crew:
         os._exit(1)
 
 
-def main() -> None:
-    """A rank that follows: the arguments are LLM's, as JSON."""
-    from pronghorn.llm import LLM
+LOAD = """import json, sys
+from pronghorn import LLM, parallel
+parallel.obey(lambda: LLM(**json.loads(sys.argv[1])))"""
+"""What the processes of a crew run: LLM, on another rank than the first, follows as soon as it is loaded."""
+
+
+def obey(load: Callable[[], object]) -> None:
+    """Loads a model, and follows, until rank 0 is done or gone."""
 
     def read() -> None:
-        sys.stdin.read()  # until rank 0 is gone
+        sys.stdin.read()
         os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 hears it, and says what follows
     threading.Thread(target=read, daemon=True).start()
     try:
-        LLM(**json.loads(sys.argv[1]))
+        load()
     except PronghornError as error:
         sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

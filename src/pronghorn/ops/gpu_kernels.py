@@ -130,10 +130,10 @@ def matvec_kernel(x, words, scales, norm_weight, norm_bias, bias, residual, out,
     means, roots, squares = (), (), ()
     for m in tl.static_range(ROWS):
         if NORM == "layer":
-            k = tl.arange(0, BLOCK_X)
-            row = tl.load(x + tl.minimum(first + m, rows - 1) * x_stride + k, mask=k < n_in, other=0.0)
+            column = tl.arange(0, BLOCK_X)
+            row = tl.load(x + tl.minimum(first + m, rows - 1) * x_stride + column, mask=column < n_in, other=0.0)
             mean = tl.sum(row, axis=0) / n_in
-            centred = tl.where(k < n_in, row - mean, 0.0)
+            centred = tl.where(column < n_in, row - mean, 0.0)
             means = means + (mean,)
             roots = roots + (tl.rsqrt(tl.sum(centred * centred, axis=0) / n_in + eps),)
         squares = squares + (tl.zeros([BLOCK_W], tl.float32),)
