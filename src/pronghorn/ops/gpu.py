@@ -353,6 +353,8 @@ class TorchRunner:
             for step in self.record.steps:
                 if isinstance(step, Linear):
                     step.load(self)
+        last = self.record.last
+        self.ends = [[value for value in last if last[value] == n] for n in range(len(self.record.steps))]
         self.logits = torch.empty(0, cfg.vocab_size, device=self.device)  # of the last batch
 
     @torch.inference_mode()
@@ -573,9 +575,8 @@ class Step:
         self.values, self.turns = [], {}
         for number, step in enumerate(self.runner.record.steps):
             self.values.append(step(self))
-            for old, last in self.runner.record.last.items():
-                if last == number:
-                    self.values[old] = None  # its memory is free
+            for old in self.runner.ends[number]:
+                self.values[old] = None  # its memory is free
         logits = self.values.pop()
         assert logits is not None
         return logits
