@@ -24,7 +24,7 @@ FLOORS = [
     ("ops",),
     ("models",),
     ("engine", "text"),
-    ("generation",),
+    ("generation", "parallel"),
     ("llm",),
     ("async_llm", "batch", "bench", "convert", "evaluate"),
     ("cli",),

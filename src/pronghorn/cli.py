@@ -260,6 +260,8 @@ def model_options(add: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-memory", type=size, metavar="SIZE", help=text)
     group.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
     group.add_argument("--device", default="cpu", help="cpu, reference, or PyTorch's: cuda, torch:cpu, ...")
+    text = "divide the model among N GPUs (see docs/gpu.md)"
+    group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=text)
     group.add_argument("--no-cache", action="store_true", help="compute all from the beginning for every token")
     group.add_argument("--draft", metavar="DRAFT", help="speculation: self-int4, self-int8, ngram or another MODEL")
 
@@ -359,6 +361,7 @@ def load(args: argparse.Namespace) -> LLM:
         kv_dtype=args.kv_dtype,
         kv_memory=args.kv_memory,
         use_cache=not args.no_cache,
+        tensor_parallel=args.tensor_parallel,
     )
 
 

@@ -110,8 +110,11 @@ def prepare(
     dtype: str,
     threads: int | None = None,
     heads: Collection[str] = (),
+    keep: bool = True,
 ) -> dict[str, Matrix]:
     """The weights by parameter name, ready to run: the file's own bytes, or converted ones from the cache.
+
+    Without `keep` these are made anew, in memory: of tensors that are parts of the file's.
 
     `dtype` is "auto", f32, f16, bf16, int8 or int4, or one of DRAFTS, whose `heads` names the matrices that give the
     logits. Raises CheckpointError for a weight that cannot be converted.
@@ -123,7 +126,7 @@ def prepare(
         from pronghorn._native import usable_processors
 
         jobs = Jobs(parameters, tensors, plan, todo, threads or usable_processors())
-        data |= jobs.in_memory() if sum(todo.values()) <= SMALL else jobs.cached(checkpoint, dtype)
+        data |= jobs.in_memory() if not keep or sum(todo.values()) <= SMALL else jobs.cached(checkpoint, dtype)
     return {name: weight(parameters[name], plan[name], data[name]) for name in plan}
 
 
