@@ -37,6 +37,7 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
         raise ParameterError("--max-per-key is given, but there are no API keys")
     settings = Settings(
         keys=keys,
+        cors=tuple(args.cors or ()),
         max_body=args.max_body,
         max_tokens=args.max_tokens,
         max_waiting=args.max_waiting,
@@ -124,6 +125,9 @@ async def serve(
             error = fault
         loop.call_soon_threadsafe(lambda: loaded.set_exception(error) if error else loaded.set_result(None))
 
+    host, port = sock.getsockname()[:2]
+    address = f"http{'s' if args.tls_cert else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+    log.info("%s: loading", address)
     threading.Thread(target=load_all, name="pronghorn-load", daemon=True).start()
     serving = asyncio.create_task(server.serve([sock]))
     waiting = asyncio.create_task(asked.wait())
@@ -136,10 +140,7 @@ async def serve(
             return
         loaded.result()
         service.status = "ok"
-        host, port = sock.getsockname()[:2]
-        scheme = "https" if args.tls_cert else "http"
-        address = f"[{host}]" if ":" in host else host
-        log.info("%s: serving %s", f"{scheme}://{address}:{port}", ", ".join(service.models))
+        log.info("%s: serving %s", address, ", ".join(service.models))
         if not settings.keys and host not in ("127.0.0.1", "::1"):
             log.warning("anyone who reaches %s may use this server: it has no API keys", host)
         await asyncio.wait(either[1:], return_when=asyncio.FIRST_COMPLETED)

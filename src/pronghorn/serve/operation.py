@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     """How a server behaves."""
 
     keys: tuple[str, ...] = ()  # none: everybody may come
+    cors: tuple[str, ...] = ()  # origins
     max_body: int = 4 << 20  # bytes
     max_tokens: int | None = None  # that a request may ask for
     max_waiting: int | None = 256  # samples in the queue

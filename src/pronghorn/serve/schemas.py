@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
@@ -301,8 +301,12 @@ class Detokenized(Body):
     content: str
 
 
-class Generated(Body):
+class GeneratedText(Body):
     generated_text: str
+
+
+class Generated(RootModel[list[GeneratedText]]):
+    """fast_gpt2's form."""
 
 
 class Health(Body):
