@@ -9,14 +9,18 @@ import json
 import os
 import queue
 import re
+import resource
 import shutil
 import signal
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,9 @@ HERMES = (
 
 
 class Server:
-    """A server process. `answer` and the like are plain HTTP, without a client's own ideas."""
+    """A server process. `ask` and the like are plain HTTP, without a client's own ideas."""
+
+    key = ""  # that these send
 
     def __init__(self, *args: str, keys: str = "", ready: str = ": serving ", **options: Any) -> None:
         env = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
@@ -78,7 +84,8 @@ class Server:
         """A request -> status, JSON (or bytes), headers."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        named = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        named |= {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method or ("GET" if body is None else "POST"), path, data, named)
         response = connection.getresponse()
         found = response.read()
@@ -99,17 +106,26 @@ class Server:
             {"model": "long", "prompt": "a", "max_tokens": LONG, "ignore_eos": True, "stream": True} | body
         )
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        sock.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n{data}".encode())
+        head = f"Host: a\r\nX-API-Key: {self.key}\r\nContent-Length: {len(data)}"
+        sock.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n{data}".encode())
         assert b"HTTP/1.1 200" in sock.recv(100)
         return sock
 
+    def leave(self) -> None:
+        """A request that is no stream, whose client leaves while it runs."""
+        with self.open_stream() as sock:  # beside another
+            data = json.dumps({"model": "long", "prompt": "a", "max_tokens": LONG, "ignore_eos": True})
+            head = f"Host: a\r\nX-API-Key: {self.key}\r\nContent-Length: {len(data)}"
+            with socket.create_connection(sock.getpeername()) as other:
+                other.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n{data}".encode())
+                self.until(lambda: self.metric("num_requests_running") == 2)
+            self.until(lambda: self.metric("num_requests_running") == 1)
+
     def metric(self, name: str, model: str = "long") -> float:
-        text = self.ask("/metrics", **({"Authorization": "Bearer good"} if self.keyed else {}))[1].decode()
-        found = re.search(rf'^pronghorn:{name}{{model_name="{model}"}} (\S+)$', text, re.MULTILINE)
+        text = self.ask("/metrics")[1].decode()
+        found = re.search(rf'^pronghorn:{name}(?:_total)?{{model_name="{model}"}} (\S+)$', text, re.MULTILINE)
         assert found, name
         return float(found[1])
-
-    keyed = False
 
     def until(self, holds: Callable[[], bool]) -> None:
         """Waits for what is sure to come; how long it takes is no matter."""
@@ -128,6 +144,15 @@ class Server:
         self.process.kill()
         self.process.wait()
         self.reader.join()
+
+
+@contextmanager
+def serving(*args: str, **options: Any) -> Iterator[Server]:
+    server = Server(*args, "--threads", "1", **options)
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +176,8 @@ def llm(models: dict[str, Path]) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def server(models: dict[str, Path]) -> Iterator[Server]:
-    server = Server(*(f"-m{name}={path}" for name, path in models.items()), "--threads", "1", "--max-body", "100K")
-    yield server
-    server.close()
+    with serving(*(f"-m{name}={path}" for name, path in models.items()), "--max-body", "100K") as server:
+        yield server
 
 
 # Answers --------------------------------------------------------------------------------------------------------
@@ -421,8 +445,8 @@ def test_models_and_tokens(server: Server, llm: LLM) -> None:
 
 
 def test_fast_gpt2s_route(models: dict[str, Path], llm: LLM) -> None:
-    server = Server("-m", str(models["tiny"]), "--max-tokens", "50", "--log-format", "json", "--log-prompts")
-    try:
+    options = ("--max-tokens", "50", "--log-format", "json", "--log-prompts")
+    with serving("-m", str(models["tiny"]), *options) as server:
         out = llm.generate("Once", SamplingParams(max_tokens=20)).text
         for body in (b"Once", b'{"inputs": "Once"}'):
             assert server.ask("/", body)[:2] == (200, [{"generated_text": "Once" + out}])
@@ -436,8 +460,6 @@ def test_fast_gpt2s_route(models: dict[str, Path], llm: LLM) -> None:
         server.refused("/v1/completions", {"prompt": "a", "max_tokens": 51}, 400, "is 51: this server gives at most 50")
         line = json.loads(server.line('"prompt": '))
         assert {"request_id", "path", "status", "seconds", "prompt_tokens", "completion_tokens"} <= line.keys()
-    finally:
-        server.close()
 
 
 # Refusals -------------------------------------------------------------------------------------------------------
@@ -456,7 +478,7 @@ def test_refusals(server: Server) -> None:
         ("/v1/completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: .*number"),
         ("/v1/completions", {"prompt": "a", "top_p": 2}, 400, "top_p"),
         ("/v1/completions", {"prompt": ["a", 5]}, 400, "prompt"),
-        ("/v1/completions", {"prompt": [1, 258], "model": "tiny"}, 400, "token id 258 is outside"),
+        ("/v1/completions", {"prompt": [1, 258], "model": "tiny"}, 400, "is 258: outside"),
         ("/v1/completions", {"prompt": "x" * 300, "model": "tiny"}, 400, "has 301 tokens, but the context holds 300"),
         ("/v1/completions", {"prompt": "a", "model": "tiny", "n": 2, "best_of": 1}, 400, "best_of is 1"),
         ("/v1/completions", {"prompt": "a", "model": "tiny", "stop": [""]}, 400, "stop"),
@@ -488,14 +510,287 @@ def test_request_ids(server: Server) -> None:
     server.line("my-id.1 GET /v1/models")
 
 
-def test_openapi_is_true(server: Server, tmp_path: Path) -> None:
+def test_openapi_is_true(models: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("schemathesis")
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    command = [
-        sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{server.port}/openapi.json", "--phases",
-        "examples,coverage,fuzzing", "--checks", checks + ",negative_data_rejection", "--max-examples", "20", "--seed",
-        "1", "--generation-database", "none",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stdout
+    with serving("-m", str(models["tiny"]), "--max-tokens", "8") as server:
+        command = [
+            sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{server.port}/openapi.json",
+            "--phases", "examples,fuzzing", "--checks", f"{checks},negative_data_rejection", "--seed", "1",
+            "--max-examples", os.environ.get("PRONGHORN_FUZZ", "10"), "--generation-database", "none",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+        assert done.returncode == 0, done.stdout
+        assert server.ask("/health")[0] == 200
+
+
+# Operation, and faults -------------------------------------------------------------------------------------------
+
+
+def test_keys_and_shares_and_the_queue(models: dict[str, Path], tmp_path: Path) -> None:
+    """And clients that leave, in whatever way, while they run and while they wait."""
+    (tmp_path / "keys").write_text("# ours\n\ngood\n")
+    options = ("--api-keys", str(tmp_path / "keys"), "--max-waiting", "2", "--max-per-key", "66", "--cors", "http://a")
+    with serving("-m", str(models["long"]), *options, keys="second") as server:
+        server.key = "good"
+        body = {"prompt": "a", "max_tokens": 2}
+        for key in ("", "wrong", "goo", "good\u00e9"):
+            server.refused("/v1/completions", body, 401, "key", authorization=f"Bearer {key}".encode().decode("latin1"))
+        server.refused("/metrics", None, 401, "key is needed", authorization="")
+        server.refused("/v1/models", None, 401, "key is wrong", x_api_key="no", authorization="")
+        for name in ("good", "second"):
+            assert server.ask("/v1/completions", body, x_api_key=name, authorization="")[0] == 200
+        for path in ("/health", "/openapi.json"):
+            assert server.ask(path, authorization="")[0] == 200
+        assert server.ask("/health", origin="http://a")[2]["access-control-allow-origin"] == "http://a"
+        assert "access-control-allow-origin" not in server.ask("/health", origin="http://b")[2]
+        assert server.ask("/v1/models", method="OPTIONS", origin="http://a", authorization="",
+                          access_control_request_method="GET")[0] == 200  # fmt: skip
+
+        running = [server.open_stream() for _ in range(64)]
+        server.until(lambda: server.metric("num_requests_running") == 64)
+        waiting = [server.open_stream() for _ in range(2)]
+        server.until(lambda: server.metric("num_requests_waiting") == 2)
+        server.refused("/v1/completions", body, 429, "this key has 66 requests")
+        server.refused("/v1/completions", body, 429, "66 samples run or wait", authorization="Bearer second")
+        assert server.ask("/v1/completions", body, authorization="Bearer second")[2]["retry-after"] == "1"
+        waiting[0].close()
+        waiting[1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        waiting[1].close()  # by a reset
+        server.until(lambda: server.metric("num_requests_waiting") == 0)
+        assert server.metric("num_requests_running") == 64
+        for sock in running:
+            sock.close()
+        server.until(server.idle)
+        text = server.ask("/metrics")[1].decode()
+        assert re.search(r'http_requests_total{route="/v1/completions",status="499"} 66.0', text)
+        whole = threading.Thread(target=server.leave)
+        whole.start()
+        whole.join()
+        server.until(server.idle)
+
+
+def test_a_killed_client(server: Server) -> None:
+    code = "import sys; sys.path[:0] = sys.argv[2:]; import openai\n"
+    code += "client = openai.OpenAI(base_url=f'http://127.0.0.1:{sys.argv[1]}/v1', api_key='a')\n"
+    code += "stream = client.completions.create(model='long', prompt='a', max_tokens=99_000, stream=True, "
+    code += "extra_body={'ignore_eos': True})\nprint(next(iter(stream)).id, flush=True)\nfor _ in stream: pass"
+    with subprocess.Popen([sys.executable, "-c", code, str(server.port), *sys.path], stdout=subprocess.PIPE) as client:
+        assert client.stdout
+        assert client.stdout.readline().startswith(b"cmpl-")
+        client.kill()
+    server.until(server.idle)
+
+
+def test_a_cancelled_task_ends_its_request(server: Server) -> None:
+    async def main() -> None:
+        async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="x") as client:
+            asked = dict(model="long", prompt="a", max_tokens=LONG, extra_body={"ignore_eos": True})
+            task = asyncio.create_task(client.completions.create(**asked))
+            while await asyncio.to_thread(server.metric, "num_requests_running") == 0:
+                pass
+            task.cancel()
+            await asyncio.to_thread(server.until, server.idle)
+            stream = await client.completions.create(**asked, stream=True)
+            await anext(aiter(stream))
+            await stream.close()
+            await asyncio.to_thread(server.until, server.idle)
+
+    asyncio.run(main())
+
+
+def test_a_slow_reader_gets_all_of_it(server: Server) -> None:
+    """The engine does not wait for it, nor pile up messages: what it has not read is one message then."""
+    body = {"max_tokens": 4_000, "seed": 1, "temperature": 1.0}
+    before = server.metric("generation_tokens")
+    sock = server.open_stream(**body)
+    server.until(lambda: server.metric("generation_tokens") == before + 4_000)
+    data = b""
+    while part := sock.recv(1 << 20):
+        data += part
+        if b"[DONE]" in data[-50:]:
+            break
+    sock.close()
+    events = [json.loads(e) for e in re.findall(rb"data: ({.*})", data)]
+    whole = server.ask("/v1/completions", {"model": "long", "prompt": "a", "ignore_eos": True, **body})[1]
+    assert "".join(e["choices"][0]["text"] for e in events) == whole["choices"][0]["text"]
+
+
+def test_connections_are_given_up_in_the_end() -> None:
+    """Half-open sockets, and those whose window stays shut: the kernel ends them, as the listener's options say."""
+    from pronghorn.serve.main import PATIENCE, listen
+
+    with listen("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname()), sock.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 15
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == PATIENCE * 1000
+    with pytest.raises(PronghornError, match=r"256\.0\.0\.1"), listen("256.0.0.1", 0):
+        pass
+
+
+def test_bytes_that_are_no_request(server: Server) -> None:
+    for data in (
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 200_000 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{",  # and nothing more
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            answer = b""
+            try:
+                while part := sock.recv(1000):
+                    answer += part
+            except ConnectionResetError:
+                pass
+            assert not answer or answer.startswith(b"HTTP/1.1 4"), answer
     assert server.ask("/health")[0] == 200
+
+
+def test_timeouts(models: dict[str, Path]) -> None:
+    with serving("-m", str(models["long"]), "--timeout", "0.2") as server:
+        body = {"prompt": "a", "max_tokens": LONG, "ignore_eos": True}
+        server.refused("/v1/completions", body, 504, "longer than 0.2 seconds")
+        with pytest.raises(openai.APIError, match=r"longer than 0\.2 seconds"):
+            for _ in server.client(strict=False).completions.create(
+                model="long", prompt="a", max_tokens=LONG, stream=True, extra_body={"ignore_eos": True}
+            ):
+                pass
+        server.until(server.idle)
+
+
+def test_kv_exhaustion(models: dict[str, Path], llm: LLM) -> None:
+    """Eight that need twice the memory that there is: they give way to each other, and all are whole."""
+    with serving("-m", str(models["tiny"]), "--kv-memory", "300K") as server:
+        params = SamplingParams(max_tokens=280, temperature=1.0, ignore_eos=True, seed=1, n=8)
+        body = {"prompt": "a", "max_tokens": 280, "ignore_eos": True, "seed": 1, "n": 8}
+        found = server.ask("/v1/completions", body)[1]["choices"]
+        assert [choice["text"] for choice in found] == [out.text for out in llm.generate("a", params).samples]
+        assert server.metric("num_preemptions_total", "tiny") > 0
+        assert server.idle("tiny")
+
+
+def test_the_files_go_away_and_the_disk_is_full(models: dict[str, Path], llm: LLM, tmp_path: Path) -> None:
+    """What is mapped stays; what cannot be written to the cache is held in memory."""
+    folder = tmp_path / "gone"
+    shutil.copytree(models["tiny"], folder)
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    with serving(
+        "-m", str(folder), "--dtype", "int8", env={"PRONGHORN_CACHE": str(tmp_path)}, preexec_fn=full
+    ) as server:
+        shutil.rmtree(folder)
+        found = server.ask("/v1/completions", {"prompt": "a", "max_tokens": 20, "temperature": 0})[1]
+        with LLM(models["tiny"], dtype="int8", threads=1) as offline:
+            assert found["choices"][0]["text"] == offline.generate("a", SamplingParams(max_tokens=20)).text
+        assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size >= 1000]
+
+
+def test_draining(models: dict[str, Path]) -> None:
+    """SIGTERM: what runs ends, what is new is refused. After --drain what runs is told; a second signal waits for none."""
+    with serving("-m", str(models["long"]), "--drain", "60") as server:
+        asked = dict(
+            model="long", prompt="a", max_tokens=4_000, stream=True, extra_body={"ignore_eos": True, "seed": 1}
+        )
+        stream = iter(server.client(strict=False).completions.create(**asked))
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        server.line("draining")
+        assert server.ask("/health")[:2] == (503, {"status": "draining"})
+        server.refused("/v1/completions", {"prompt": "a"}, 503, "shutting down")
+        server.refused("/v1/embeddings", {"input": "a"}, 503, "shutting down")
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+        assert server.process.wait(60) == 0
+    with serving("-m", str(models["long"]), "--drain", "0.1") as server:
+        stream = iter(server.client(strict=False).completions.create(**{**asked, "max_tokens": LONG}))
+        next(stream)
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        assert server.process.wait(60) == 0
+    with serving("-m", str(models["long"]), "--drain", "1000") as server:
+        server.open_stream().detach()
+        server.process.send_signal(signal.SIGTERM)
+        server.line("draining")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 128 + signal.SIGTERM
+
+
+def test_what_does_not_start(models: dict[str, Path], tmp_path: Path, server: Server) -> None:
+    (tmp_path / "empty").touch()
+    for args, message in (
+        (["-m", str(tmp_path / "nothing")], "nothing"),
+        (["-m", str(models["tiny"]), "-m", str(models["tiny"])], "another model has its name"),
+        (["--api-keys", str(tmp_path / "empty")], "there are no keys"),
+        (["--api-keys", str(tmp_path / "nothing")], "No such file"),
+        (["--max-per-key", "1"], "no API keys"),
+        (["--port", str(server.port)], "Address already in use"),
+        (["--tls-cert", str(tmp_path / "nothing")], "nothing"),
+    ):
+        env = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}
+        command = [sys.executable, "-m", "pronghorn", "serve", "-m", f"a={models['tiny']}", "--port", "0", *args]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        last = done.stderr.splitlines()[-1]
+        assert (done.returncode, last.startswith("pronghorn: error: "), message in last) == (2, True, True), done.stderr
+
+
+def test_tls(models: dict[str, Path], tmp_path: Path) -> None:
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not there, to make a certificate")
+    both = str(tmp_path / "both.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", both + "1", "-out", both + "2"]
+    subprocess.run([*command, "-days", "1", "-subj", "/CN=localhost"], check=True, capture_output=True)
+    with serving("-m", str(models["tiny"]), "--tls-cert", both + "2", "--tls-key", both + "1") as server:
+        context = ssl.create_default_context(cafile=both + "2")
+        context.check_hostname = False
+        connection = http.client.HTTPSConnection("127.0.0.1", server.port, context=context, timeout=60)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+def test_while_it_loads() -> None:
+    from pronghorn.serve.app import Service, app_of
+    from pronghorn.serve.operation import Settings
+
+    async def ask(path: str, method: str) -> tuple[int, bytes]:
+        messages: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b'{"prompt": "a"}'}
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b""}
+        await app_of(Service(Settings()))(scope, receive, send)
+        return messages[0]["status"], messages[1]["body"]
+
+    assert asyncio.run(ask("/health", "GET")) == (503, b'{"status":"loading"}')
+    status, body = asyncio.run(ask("/v1/completions", "POST"))
+    assert (status, json.loads(body)["error"]["code"]) == (503, "loading")
+
+
+def test_a_fingerprint_is_the_contents_and_how_they_are_run(models: dict[str, Path], tmp_path: Path) -> None:
+    from pronghorn.serve.main import fingerprint
+
+    def of(path: Path, **options: Any) -> str:
+        with LLM(path, **options) as llm:
+            return fingerprint(llm)
+
+    own = of(models["tiny"])
+    shutil.copytree(models["tiny"], tmp_path / "moved")
+    assert own == of(tmp_path / "moved") == of(models["tiny"], threads=2, draft="ngram")
+    path = tmp_path / "moved" / "tokenizer_config.json"
+    path.write_text(path.read_text() + " ")
+    others = [
+        of(tmp_path / "moved"),
+        of(models["tiny"], dtype="int8"),
+        of(models["tiny"], kv_dtype="int8"),
+        of(models["long"]),
+    ]
+    assert len({own, *others}) == 5

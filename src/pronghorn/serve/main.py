@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -47,6 +48,9 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
         log_prompts=args.log_prompts,
     )
     names = names_of(args.model or [])
+    for file in filter(None, (args.tls_cert, args.tls_key)):
+        if not Path(file).is_file():
+            raise ParameterError(f"{file}: there is no such file")
     set_up_logs(args.log_format)
     with listen(args.host, args.port) as sock:
         asyncio.run(serve(args, settings, names, load, sock))
@@ -104,14 +108,17 @@ async def serve(
     server, loop, asked = Server(config), asyncio.get_running_loop(), asyncio.Event()
     loaded: asyncio.Future[None] = loop.create_future()
 
-    def stop(number: int) -> None:
-        if asked.is_set():
-            log.warning("stopped at once")
-            os._exit(128 + number)
-        asked.set()
+    signals: list[int] = []
 
+    def stop(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            os._exit(128 + number)
+        loop.call_soon_threadsafe(asked.set)
+
+    # Not by the loop's add_signal_handler: it loses a signal when its pipe is full of the engine's words.
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
+        signal.signal(number, stop)
 
     def load_all() -> None:  # a thread that does not keep the process from ending
         error = None

@@ -156,15 +156,15 @@ class Door:
         if not right:
             fault = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
             raise Refusal(401, fault, "authentication_error", code="invalid_api_key")
-        key, most = right[0], self.settings.max_per_key
+        key, most, n = right[0], self.settings.max_per_key, int(scope["method"] == "POST")
         about["key"] = self.names[key]
-        if most is not None and self.at_once[key] >= most:
+        if n and most is not None and self.at_once[key] >= most:
             raise Refusal(429, f"this key has {most} requests running", "rate_limit_error", code="too_many_requests")
-        self.at_once[key] += 1
+        self.at_once[key] += n
         try:
             yield
         finally:
-            self.at_once[key] -= 1
+            self.at_once[key] -= n
 
 
 class JsonLines(logging.Formatter):
@@ -196,8 +196,7 @@ def names_of(models: Sequence[str]) -> dict[str, str | None]:
         if not sign or Path(text).exists():
             name, model = Path(text).name.removesuffix(".gguf").removesuffix(".safetensors"), text
         if not name or name in found:
-            raise ParameterError(
-                f"-m {text}: its name {name!r} is {'another model`s' if name else 'empty'}: NAME=MODEL"
-            )
+            fault = "another model has its name" if name else "it has no name"
+            raise ParameterError(f"-m {text}: {fault}: give it one by -m NAME=MODEL")
         found[name] = model
     return found or {"default": None}
