@@ -21,24 +21,7 @@ from urllib.parse import urlsplit
 
 from pronghorn import LLM, SamplingParams
 
-WORDS = [
-    "the",
-    "pronghorn",
-    "runs",
-    "over",
-    "open",
-    "ground",
-    "and",
-    "keeps",
-    "its",
-    "pace",
-    "for",
-    "miles",
-    "while",
-    "others",
-    "fall",
-    "behind",
-]
+WORDS = ["the", "pronghorn", "runs", "over", "open", "ground", "and", "keeps", "its", "pace", "for", "many", "miles"]
 
 
 class Load:
