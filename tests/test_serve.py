@@ -35,7 +35,7 @@ pytest.importorskip("uvicorn", reason="the extra `serve` has it")
 
 LONG = 100_000  # tokens: what runs until something ends it
 HERMES = (
-    "{% if tools %}Call by <tool_call>{\"name\": ..., \"arguments\": ...}</tool_call>: {{ tools | tojson }}\n{% endif %}"
+    "{% if tools %}By: <tool_call>{\"name\": ..., \"arguments\": ...}</tool_call>: {{ tools | tojson }}\n{% endif %}"
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )  # fmt: skip
@@ -189,7 +189,15 @@ def test_completions_are_the_offline_ones(server: Server, llm: LLM) -> None:
         params = SamplingParams(max_tokens=40, temperature=temperature, seed=5, n=n, stop=stop or ())
         prompts = ["Once upon", "", "x" * 100]
         outs = [out for whole in llm.generate(prompts, params) for out in whole.samples]
-        asked = dict(model="tiny", prompt=prompts, max_tokens=40, temperature=temperature, seed=5, n=n, stop=stop)
+        asked = {
+            "model": "tiny",
+            "prompt": prompts,
+            "max_tokens": 40,
+            "temperature": temperature,
+            "seed": 5,
+            "n": n,
+            "stop": stop,
+        }
         found = client.completions.create(**asked)
         assert [(c.index, c.text, c.finish_reason) for c in found.choices] == [
             (i, out.text, out.finish_reason) for i, out in enumerate(outs)
@@ -212,7 +220,14 @@ def test_completions_are_the_offline_ones(server: Server, llm: LLM) -> None:
 def test_chats_are_the_offline_ones(server: Server, llm: LLM) -> None:
     client, messages = server.client(), [{"role": "user", "content": "Hi"}]
     out = llm.generate(llm.chat_prompt(messages), SamplingParams(max_tokens=30, temperature=1.0, seed=2, logprobs=2))
-    asked = dict(model="tiny", messages=messages, max_completion_tokens=30, seed=2, logprobs=True, top_logprobs=2)
+    asked = {
+        "model": "tiny",
+        "messages": messages,
+        "max_completion_tokens": 30,
+        "seed": 2,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     found = client.chat.completions.create(**asked)
     (choice,) = found.choices
     assert (choice.message.content, choice.finish_reason) == (out.text, out.finish_reason)
@@ -255,7 +270,7 @@ def test_echo_and_logprobs_of_the_prompt(server: Server, llm: LLM) -> None:
             json.loads(line[6:]) for line in server.ask("/v1/completions", body)[1].splitlines() if b"{" in line
         ]
         assert "".join(s["choices"][0]["text"] for s in streamed) == text
-        assert sum((s["choices"][0]["logprobs"]["token_logprobs"] for s in streamed), []) == told["token_logprobs"]
+        assert [x for s in streamed for x in s["choices"][0]["logprobs"]["token_logprobs"]] == told["token_logprobs"]
         body |= {"stream": False, "max_tokens": 0}
         scored = server.ask("/v1/completions", body)[1]
         n = len(out.prompt_token_ids)
@@ -266,7 +281,7 @@ def test_echo_and_logprobs_of_the_prompt(server: Server, llm: LLM) -> None:
 
 def test_best_of(server: Server, llm: LLM) -> None:
     out = llm.generate("a", SamplingParams(max_tokens=9, temperature=1.0, seed=3, n=2, best_of=6))
-    asked = dict(model="tiny", prompt="a", max_tokens=9, seed=3, n=2, best_of=6)
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 9, "seed": 3, "n": 2, "best_of": 6}
     found = server.client().completions.create(**asked)
     assert [choice.text for choice in found.choices] == [sample.text for sample in out.samples]
     with pytest.raises(openai.BadRequestError, match="best_of is 6"):
@@ -298,7 +313,7 @@ def test_every_slot_gives_the_same_answer_cached_or_not(server: Server, llm: LLM
 
 def test_response_formats(server: Server) -> None:
     pytest.importorskip("llguidance")
-    client, asked = server.client(), dict(model="tiny", messages=[{"role": "user", "content": "a"}], seed=1)
+    client, asked = server.client(), {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "seed": 1}
     schema = {
         "type": "object",
         "properties": {"a": {"enum": ["x", "y"]}},
@@ -323,7 +338,7 @@ def test_tool_calls(server: Server) -> None:
         "type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False
     }  # fmt: skip
     tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("f", "g")]
-    asked = dict(model="tools", messages=[{"role": "user", "content": "a"}], tools=tools, seed=1)
+    asked = {"model": "tools", "messages": [{"role": "user", "content": "a"}], "tools": tools, "seed": 1}
     for choice, names in (("required", "fg"), ({"type": "function", "function": {"name": "g"}}, "g")):
         found = client.chat.completions.create(**asked, tool_choice=choice).choices[0]
         (call,) = found.message.tool_calls
@@ -585,7 +600,7 @@ def test_a_killed_client(server: Server) -> None:
 def test_a_cancelled_task_ends_its_request(server: Server) -> None:
     async def main() -> None:
         async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="x") as client:
-            asked = dict(model="long", prompt="a", max_tokens=LONG, extra_body={"ignore_eos": True})
+            asked = {"model": "long", "prompt": "a", "max_tokens": LONG, "extra_body": {"ignore_eos": True}}
             task = asyncio.create_task(client.completions.create(**asked))
             while await asyncio.to_thread(server.metric, "num_requests_running") == 0:
                 pass
@@ -691,11 +706,15 @@ def test_the_files_go_away_and_the_disk_is_full(models: dict[str, Path], llm: LL
 
 
 def test_draining(models: dict[str, Path]) -> None:
-    """SIGTERM: what runs ends, what is new is refused. After --drain what runs is told; a second signal waits for none."""
+    """SIGTERM: what runs ends, what is new is refused; --drain has an end, and a second signal waits for none."""
     with serving("-m", str(models["long"]), "--drain", "60") as server:
-        asked = dict(
-            model="long", prompt="a", max_tokens=4_000, stream=True, extra_body={"ignore_eos": True, "seed": 1}
-        )
+        asked = {
+            "model": "long",
+            "prompt": "a",
+            "max_tokens": 4_000,
+            "stream": True,
+            "extra_body": {"ignore_eos": True, "seed": 1},
+        }
         stream = iter(server.client(strict=False).completions.create(**asked))
         next(stream)
         server.process.send_signal(signal.SIGTERM)
