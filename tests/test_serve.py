@@ -772,26 +772,31 @@ def test_tls(models: dict[str, Path], tmp_path: Path) -> None:
         connection.close()
 
 
-def test_while_it_loads() -> None:
-    from pronghorn.serve.app import Service, app_of
+def test_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a body that never comes."""
+    from pronghorn.serve import app
     from pronghorn.serve.operation import Settings
 
-    async def ask(path: str, method: str) -> tuple[int, bytes]:
+    async def ask(path: str, method: str, *, whole: bool = True) -> tuple[int, bytes]:
         messages: list[Any] = []
+        parts = iter([{"type": "http.request", "body": b'{"prompt": "a"}', "more_body": not whole}])
 
         async def receive() -> Any:
-            return {"type": "http.request", "body": b'{"prompt": "a"}'}
+            return next(parts, None) or await asyncio.Event().wait()
 
         async def send(message: Any) -> None:
             messages.append(message)
 
         scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b""}
-        await app_of(Service(Settings()))(scope, receive, send)
+        await app.app_of(app.Service(Settings()))(scope, receive, send)
         return messages[0]["status"], messages[1]["body"]
 
     assert asyncio.run(ask("/health", "GET")) == (503, b'{"status":"loading"}')
     status, body = asyncio.run(ask("/v1/completions", "POST"))
     assert (status, json.loads(body)["error"]["code"]) == (503, "loading")
+    monkeypatch.setattr(app, "PATIENCE", 0.01)
+    status, body = asyncio.run(ask("/v1/completions", "POST", whole=False))
+    assert (status, json.loads(body)["error"]["type"]) == (408, "timeout_error")
 
 
 def test_a_fingerprint_is_the_contents_and_how_they_are_run(models: dict[str, Path], tmp_path: Path) -> None:

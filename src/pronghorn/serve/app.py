@@ -28,7 +28,7 @@ from pronghorn.serve import schemas as s
 from pronghorn.serve.answers import Answers, Chats, Completions, Pieces
 from pronghorn.serve.metrics import Meter, Metrics
 from pronghorn.serve.openapi import OPERATIONS, document
-from pronghorn.serve.operation import LEFT, Door, Refusal, Settings
+from pronghorn.serve.operation import LEFT, PATIENCE, Door, Refusal, Settings
 from pronghorn.serve.tools import FORCED, form_of, schema_of
 
 if TYPE_CHECKING:
@@ -93,12 +93,20 @@ class Service:
         return self.models[name]
 
     async def body(self, request: Request) -> bytes:
-        """A request's body, if it is not too long."""
+        """A request's body, if it is not too long, and comes."""
         most, data = self.settings.max_body, bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > most:
-                raise Refusal(413, f"the body has more than {most} bytes", code="body_too_large")
+
+        async def gather() -> None:
+            nonlocal data
+            async for part in request.stream():
+                data += part
+                if len(data) > most:
+                    raise Refusal(413, f"the body has more than {most} bytes", code="body_too_large")
+
+        try:
+            await asyncio.wait_for(gather(), PATIENCE)
+        except asyncio.TimeoutError:
+            raise Refusal(408, f"the body did not come within {PATIENCE} seconds", "timeout_error") from None
         return bytes(data)
 
     async def read(self, request: Request, kind: type[B]) -> B:
@@ -149,8 +157,6 @@ class Service:
             form, options["json_schema"] = FORCED, schema_of(wanted)
         if body.top_logprobs is not None and not body.logprobs:
             raise Refusal(400, "top_logprobs is given, but logprobs is not true", param="top_logprobs")
-        if body.max_tokens == 0:
-            raise Refusal(400, "max_tokens is 0: expected at least 1", param="max_tokens")
         if body.max_tokens is not None and body.max_completion_tokens is not None:
             raise Refusal(400, "max_tokens is given beside max_completion_tokens", param="max_tokens")
         n_new = body.max_completion_tokens or body.max_tokens

@@ -24,11 +24,10 @@ from pronghorn.async_llm import AsyncLLM
 from pronghorn.errors import ParameterError, PronghornError
 from pronghorn.llm import LLM
 from pronghorn.serve.app import Served, Service, app_of
-from pronghorn.serve.operation import Settings, log, names_of, read_keys, set_up_logs
+from pronghorn.serve.operation import PATIENCE, Settings, log, names_of, read_keys, set_up_logs
 from pronghorn.weights.files import map_file
 
 HEADERS = 64 << 10  # bytes that a request's head may have
-PATIENCE = 60  # seconds that a client's kernel may be silent, or its window shut
 
 
 def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:

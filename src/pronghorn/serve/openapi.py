@@ -11,12 +11,13 @@ from pydantic.json_schema import models_json_schema
 from pronghorn import __version__
 from pronghorn.serve import schemas as s
 
-POST_FAULTS = (400, 401, 404, 413, 429, 500, 503, 504)
+POST_FAULTS = (400, 401, 404, 408, 413, 429, 500, 503, 504)
 MEANINGS = {
     200: "The answer.",
     400: "The request cannot be run; `message` says why, `param` where.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
+    408: "The body did not come.",
     413: "The body is too long.",
     429: "Too many requests wait or run: again after Retry-After seconds.",
     500: "A fault of the server.",

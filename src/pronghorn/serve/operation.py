@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pronghorn.serve")
 
 OPEN = ("/", "/health", "/openapi.json")  # and the page's files: what needs no key, if it is a GET
+PATIENCE = 60  # seconds that a client may keep us waiting: for a body, or for its kernel's word
 LEFT = 499  # nginx's status for a client that has left
 
 

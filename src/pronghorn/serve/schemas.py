@@ -134,6 +134,7 @@ class SchemaFormat(Body):
 
 class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=100)
