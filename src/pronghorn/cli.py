@@ -196,6 +196,24 @@ def parser() -> argparse.ArgumentParser:
     model_options(add)
     add.add_argument("-q", "--quiet", action="store_true", help="no line of statistics at the end")
 
+    add = command("serve", serve, "Serve models over HTTP, by OpenAI's API (docs/serving.md). The extra `serve`.")
+    add.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine alone)")
+    add.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0: any that is free)")
+    add.add_argument("--api-keys", metavar="FILE", help="a key a line; also PRONGHORN_API_KEYS, with commas")
+    add.add_argument("--cors", action="append", metavar="ORIGIN", help="let pages of this origin ask (*: of any)")
+    add.add_argument("--max-body", type=size, default=4 << 20, metavar="SIZE", help="of a request (default: 4M)")
+    add.add_argument("--max-tokens", type=int, metavar="N", help="that an answer may have (default: the context's)")
+    add.add_argument("--max-waiting", type=int, default=256, metavar="N", help="samples in the queue (default: 256)")
+    add.add_argument("--max-per-key", type=int, metavar="N", help="requests of one key at once")
+    add.add_argument("--timeout", type=float, default=600, metavar="S", help="for a request (default: 600)")
+    add.add_argument("--drain", type=float, default=30, metavar="S", help="to end by, once asked to (default: 30)")
+    add.add_argument("--pooling", choices=("mean", "last"), default="mean", help="of embeddings (default: mean)")
+    add.add_argument("--log-format", choices=("text", "json"), default="text", help="(default: text)")
+    add.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
+    add.add_argument("--tls-cert", metavar="FILE", help="serve https with this certificate chain (PEM)")
+    add.add_argument("--tls-key", metavar="FILE", help="and this key, if it is not in the same file")
+    model_options(add, several=True)
+
     add = command("tokenize", tokenize, "Text to token ids, or back.")
     add.add_argument("text", nargs="*", type=utf8, metavar="TEXT", help="the text; with --decode: token ids")
     prompt_options(add)
@@ -250,10 +268,14 @@ def prompt_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--prompt-file", metavar="FILE", help=text)
 
 
-def model_options(add: argparse.ArgumentParser) -> None:
+def model_options(add: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Which model, and how it runs."""
     group = add.add_argument_group("model")
-    group.add_argument("-m", "--model", help=MODEL)
+    if several:
+        text = f"{MODEL}; NAME=MODEL serves it under another name; may be given several times"
+        group.add_argument("-m", "--model", action="append", help=text)
+    else:
+        group.add_argument("-m", "--model", help=MODEL)
     group.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4 (default: the file's own)")
     group.add_argument("--kv-dtype", default="auto", help="auto, f32, bf16 or int8: how keys and values are kept")
     text = "memory for keys and values, in bytes, or with K, M or G (default: a full context's at least)"
@@ -348,10 +370,15 @@ def load(args: argparse.Namespace) -> LLM:
         from pronghorn.weights import ahead
 
         ahead.begin(args.model, args.dtype)
+    return load_one(args, args.model)
+
+
+def load_one(args: argparse.Namespace, model: str | None) -> LLM:
+    """A model, run as was asked for."""
     from pronghorn.llm import LLM
 
     return LLM(
-        args.model,
+        model,
         dtype=args.dtype,
         device=args.device,
         threads=args.threads,
@@ -578,6 +605,17 @@ def info(args: argparse.Namespace) -> None:
             sizes = "".join(f"  {dtype} {size_of(row[length]):>10}" for dtype, row in rows.items())
             lines.append(f"  {length:>8}{sizes}")
     write("\n".join(lines) + "\n")
+
+
+def serve(args: argparse.Namespace) -> None:
+    """`pronghorn serve`."""
+    try:
+        from pronghorn.serve.main import run
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("pronghorn"):
+            raise
+        raise PronghornError(f"serve needs {error.name}: pip install 'pronghorn[serve]'") from None
+    run(args, lambda model: load_one(args, model))
 
 
 def pull(args: argparse.Namespace) -> None:

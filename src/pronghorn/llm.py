@@ -83,7 +83,7 @@ class LLM:
         prefix_cache: bool = True,
     ) -> None:
         started = time.perf_counter()
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         check_options(dtype, device, threads, draft, kv_dtype, kv_memory)
         if draft is not None and not use_cache:
             raise ParameterError(f"draft is {draft!r}: drafts need the cache, which use_cache=False does without")
@@ -286,14 +286,17 @@ class LLM:
                 start += len(chunk)
         return result
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> list[int]:
         """The token ids of a conversation, `[{"role": "user", "content": "..."}, ...]`, in the model's template.
 
         They end where the assistant's turn begins, ready to be generated. The template writes BOS and the like.
+        `tools` are JSON schemas of functions, `options` the template's own variables.
         """
         from pronghorn.text.chat import encode_chat
 
-        return encode_chat(self.tokenizer, messages)
+        return encode_chat(self.tokenizer, messages, tools=tools, **options)
 
     def info(self) -> dict[str, Any]:
         """What the model is and the memory that it needs: see `describe`."""

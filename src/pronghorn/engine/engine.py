@@ -11,7 +11,7 @@ from pronghorn import _native
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
-from pronghorn.errors import ParameterError, PromptError, PronghornError
+from pronghorn.errors import ParameterError, PromptError, PromptTooLong, PronghornError
 from pronghorn.ops import PAGE, Batch, Runner
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Engine:
             raise PromptError("the prompt is empty: it needs at least one token")
         self._check_ids(request.token_ids)
         if request.n_prompt >= self.context:
-            raise PromptError(
+            raise PromptTooLong(
                 f"the prompt has {request.n_prompt} tokens, but {self.holds}, with at least one to generate"
             )
         for name in ("logit_bias", "stop_token_ids"):
@@ -173,7 +173,7 @@ class Engine:
         """
         self._check_ids(ids)
         if len(ids) > self.context:
-            raise PromptError(f"there are {len(ids)} tokens, but {self.holds}")
+            raise PromptTooLong(f"there are {len(ids)} tokens, but {self.holds}")
         pages = self.pool.take(-(-len(ids) // PAGE))
         if pages is None:
             raise PromptError(f"there are {len(ids)} tokens, but other requests hold the KV cache's pages")
