@@ -51,26 +51,29 @@ async function* events(response) {
   }
 }
 
-/** The tokens of a chunk's choice, in either of the API's forms: {text, logprob, top: [{text, logprob}]}. */
+/** The tokens of a chunk's choice, in either of the API's forms: {name, text, logprob, top: [{name, logprob}]}. */
 function tokensOf({ logprobs }) {
   if (!logprobs) return [];
   if (logprobs.content) {
-    const token = (t) => ({ text: textOf(t), logprob: t.logprob });
-    return logprobs.content.map((t) => ({ ...token(t), top: t.top_logprobs.map(token) }));
+    const token = ({ token: name, logprob }) => ({ name, logprob });
+    return logprobs.content.map((t) => ({ ...token(t), text: textOf(t.bytes), top: t.top_logprobs.map(token) }));
   }
-  return logprobs.tokens.map((text, i) => ({
-    text,
+  return logprobs.tokens.map((name, i) => ({
+    name,
+    text: name,
     logprob: logprobs.token_logprobs[i],
-    top: Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([text, logprob]) => ({ text, logprob })),
+    top: Object.entries(logprobs.top_logprobs[i])
+      .map(([name, logprob]) => ({ name, logprob }))
+      .sort((a, b) => b.logprob - a.logprob), // names that are numbers come first otherwise
   }));
 }
 
-/** A token as text; bytes that are no whole characters come as the server names them. */
-function textOf({ token, bytes }) {
+/** What a token spells by itself: nothing, if it is special or holds a part of a character. */
+function textOf(bytes) {
   try {
-    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(new Uint8Array(bytes ?? undefined));
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(new Uint8Array(bytes ?? []));
   } catch {
-    return token;
+    return "";
   }
 }
 
@@ -151,20 +154,18 @@ function percent(logprob) {
 function showPopover(span) {
   const popover = $("popover");
   const rows = [];
-  if (span.tokens.length > 1) {
-    rows.push(element("p", "note", `${span.tokens.length} tokens make up “${visible(span.textContent)}”:`));
-  }
+  if (span.tokens.length > 1) rows.push(element("p", "note", `${span.tokens.length} tokens together:`));
   for (const token of span.tokens) {
-    const rank = token.top.findIndex(({ text, logprob }) => text === token.text && logprob >= token.logprob - 1e-6);
-    const shown = span.tokens.length > 1 ? [token] : rank < 0 ? [...token.top, token] : token.top;
-    shown.forEach((one, i) => {
-      const chosen = one === token || i === rank;
+    const others = span.tokens.length > 1 ? [] : token.top;
+    const found = others.findIndex(({ name }) => name === token.name);
+    for (const one of found < 0 ? [...others, token] : others) {
       const bar = element("i", "");
       bar.style.width = `${100 * Math.exp(one.logprob)}%`;
-      const told = [bar, element("code", "", visible(one.text)), element("span", "", percent(one.logprob))];
+      const told = [bar, element("code", "", visible(one.name)), element("span", "", percent(one.logprob))];
+      const chosen = one.name === token.name;
       if (chosen) told.push(element("b", "spoken", "chosen"));
       rows.push(element("div", chosen ? "row chosen" : "row", ...told));
-    });
+    }
   }
   popover.replaceChildren(...rows, element("p", "note", "before temperature and filters"));
   popover.hidden = false;
@@ -332,10 +333,10 @@ function notice(text) {
 function working(on) {
   const focused = document.activeElement;
   $("run").hidden = on;
-  $("stop").hidden = !on;
+  $("halt").hidden = !on;
   $("turns").ariaBusy = on;
-  if (focused === $("run") && on) $("stop").focus();
-  if (focused === $("stop") && !on) $("run").focus();
+  if (focused === $("run") && on) $("halt").focus();
+  if (focused === $("halt") && !on) $("run").focus();
   $("copy").disabled = $("share").disabled = on || !last;
 }
 
@@ -460,7 +461,7 @@ addEventListener("keydown", (event) => {
     running?.abort();
   }
 });
-$("stop").addEventListener("click", () => running?.abort());
+$("halt").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", () => {
   clear();
   field.prompt.value = "";
@@ -490,10 +491,13 @@ async function models() {
     const { data } = await (await request("v1/models")).json();
     const chosen = field.model.value;
     field.model.replaceChildren(...data.map(({ id }) => new Option(id, id, false, id === chosen)));
-    notice("");
+    notice(data.length ? "" : "the model is being loaded");
+    if (data.length) return;
   } catch (error) {
-    notice(error.message);
+    return notice(error.message);
   }
+  await new Promise((resolve) => setTimeout(resolve, 500));
+  await models();
 }
 
 field.key.value = sessionStorage.getItem("api-key") ?? "";
