@@ -303,6 +303,7 @@ async function follow(run, signal) {
       if (tokens.length && !run.first) [run.first, run.early] = [run.latest, run.answer.count];
       if (atEnd) $("sheet").scrollTop = $("sheet").scrollHeight;
     }
+    if (choice?.finish_reason) run.ended = choice.finish_reason;
     if (event.system_fingerprint) run.fingerprint = event.system_fingerprint;
     if (event.timings) run.timings = event.timings;
     figures(run);
@@ -313,13 +314,14 @@ async function follow(run, signal) {
 }
 
 /** What is measured: here while the answer comes, and by the server at its end. */
-function figures({ body, answer, started, first, latest, early, timings = {} }) {
+function figures({ body, answer, started, first, latest, early, ended, timings = {} }) {
   const ttft = timings.ttft_s ?? (first && (first - started) / 1000);
   const speed = timings.decode_tok_s ?? (latest > first && ((answer.count - early) / (latest - first)) * 1000);
   $("figures").hidden = false;
   $("ttft").textContent = ttft ? `${(1000 * ttft).toFixed(0)} ms` : "–";
   $("speed").textContent = speed ? speed.toFixed(speed < 100 ? 1 : 0) : "–";
   $("count").textContent = answer.count;
+  $("ended").textContent = ended === "length" ? "tokens (limit)" : "tokens";
   $("drafts").parentElement.hidden = !timings.draft_proposed;
   $("drafts").textContent = `${Math.round((100 * timings.draft_accepted) / timings.draft_proposed)} %`;
   $("used-seed").textContent = body.seed;
@@ -455,7 +457,10 @@ field.prompt.addEventListener("keydown", (event) => {
   run();
 });
 addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault(); // of a button that has the focus
+    run();
+  }
   if (event.key === "Escape") {
     hidePopover();
     running?.abort();
