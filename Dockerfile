@@ -17,19 +17,19 @@ RUN mkdir -p etc/ssl/certs usr/bin usr/lib usr/lib64 home/pronghorn tmp && chmod
     && cp /etc/ssl/certs/ca-certificates.crt etc/ssl/certs/
 RUN apt-get download -q $RUNTIME && for deb in *.deb; do dpkg -x "$deb" . && rm "$deb"; done \
     && ln -s python$PYTHON usr/bin/python3 \
-    && rm -r usr/share usr/lib/python$PYTHON/pydoc_data
+    && rm -r usr/share usr/lib/*/gconv usr/lib/python$PYTHON/pydoc_data
 
 COPY . /src
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /venv \
-    && /venv/bin/pip install -q --no-compile --target usr/local/lib/python$PYTHON/dist-packages "/src[serve]"
+    && /venv/bin/pip install -q --no-compile --target usr/local/lib/python$PYTHON/dist-packages "/src[serve,structured]"
 # What no server needs: tests, types, headers, scripts; the Hub's client, which tokenizers asks for and never imports.
-RUN cd usr/local/lib/python$PYTHON/dist-packages && rm -r bin huggingface_hub* hf_xet* \
+RUN cd usr/local/lib/python$PYTHON/dist-packages && rm -rf bin huggingface_hub* hf_xet* \
     && find . -depth \( -name tests -o -name '*.pyi' -o -name '*.h' -o -name '*.a' \) -exec rm -r {} + \
     && find . -name '*.so*' -exec strip --strip-unneeded {} + \
-    && python3 -m compileall -q --invalidation-mode unchecked-hash -s /image /image/usr/lib/python$PYTHON .
+    && python3 -m compileall -q --invalidation-mode unchecked-hash -s /image /image/usr/lib/python$PYTHON "$PWD"
 # Whatever is not there would only be missed in use.
-RUN chroot /image /usr/bin/python3 -c "import pronghorn.cli, pronghorn.serve, ssl, uvicorn, numpy, tokenizers"
+RUN chroot /image /usr/bin/python3 -c "import pronghorn.llm, pronghorn.serve.main, llguidance, ssl, tokenizers"
 
 FROM scratch
 COPY --from=build /image /
