@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
@@ -84,32 +84,36 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture
-def open_page(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
-    """Opens the page in a browser that nobody has used; at the end nothing was refused, broken or fetched elsewhere."""
-    faults: list[str] = []
-    contexts = []
+class Pages:
+    """Opens the page, each time in a browser that nobody has used; `faults` is what was refused or broken there."""
 
-    def open_page(fragment: str = "", at: str = address, **options: Any) -> Page:
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
+    def __init__(self, browser: Browser, address: str) -> None:
+        self.browser, self.address = browser, address
+        self.faults: list[str] = []
+
+    def open(self, fragment: str = "", at: str | None = None, ready: bool = True, **options: Any) -> Page:
+        at = at or self.address
+        page = self.browser.new_context(**options).new_page()
         page.set_default_timeout(60000)
         page.add_init_script(
             "addEventListener('securitypolicyviolation', (e) => console.error('policy', e.violatedDirective))"
         )
-        page.on("console", lambda message: faults.append(message.text))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(at) or faults.append(request.url))
+        page.on("console", lambda message: self.faults.append(message.text))
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("request", lambda request: request.url.startswith(at) or self.faults.append(request.url))
         page.goto(at + fragment)
-        page.wait_for_selector("[name=model] option", state="attached")
+        if ready:
+            page.wait_for_selector("[name=model] option", state="attached")
         return page
 
-    open_page.faults = faults  # type: ignore[attr-defined]
-    yield open_page
-    for context in contexts:
+
+@pytest.fixture
+def pages(browser: Browser, address: str) -> Iterator[Pages]:
+    pages = Pages(browser, address)
+    yield pages
+    for context in browser.contexts:
         context.close()
-    assert not faults
+    assert not pages.faults
 
 
 def fill(page: Page, prompt: str | None = None, mode: str = "Completion", **values: object) -> None:
@@ -164,8 +168,8 @@ def percent(logprob: float) -> str:
     return f"{p:.1f} %" if p >= 0.1 else f"{p:.1g} %"
 
 
-def test_completion(open_page: Callable[..., Page], models: dict[str, Path]) -> None:
-    page = open_page()
+def test_completion(pages: Pages, models: dict[str, Path]) -> None:
+    page = pages.open()
     with LLM(models["tiny"]) as llm:
         for seed in range(100):  # to one that ends by itself: that token has no text
             params = SamplingParams(
@@ -195,9 +199,9 @@ def test_completion(open_page: Callable[..., Page], models: dict[str, Path]) -> 
         position += n
 
 
-def test_stop_string_and_seed(open_page: Callable[..., Page], models: dict[str, Path]) -> None:
+def test_stop_string_and_seed(pages: Pages, models: dict[str, Path]) -> None:
     """A stop string cuts a token; and without a seed, the one that was taken is told."""
-    page = open_page()
+    page = pages.open()
     fill(page, "x", model="tiny", max_tokens=20, temperature=1)
     text = run(page)
     seed = int(page.locator("#used-seed").text_content() or "")
@@ -211,8 +215,8 @@ def test_stop_string_and_seed(open_page: Callable[..., Page], models: dict[str, 
     assert page.locator("#count").text_content() == str(len(out.token_ids))
 
 
-def test_stream_and_stop(open_page: Callable[..., Page], models: dict[str, Path], address: str) -> None:
-    page = open_page()
+def test_stream_and_stop(pages: Pages, models: dict[str, Path], address: str) -> None:
+    page = pages.open()
     fill(page, "Go on", model="slow", max_tokens=15000, temperature=0)
     page.focus("#run")
     page.keyboard.press("Enter")
@@ -233,8 +237,8 @@ def test_stream_and_stop(open_page: Callable[..., Page], models: dict[str, Path]
         metrics = urlopen(address + "metrics").read().decode()
 
 
-def test_chat(open_page: Callable[..., Page], models: dict[str, Path]) -> None:
-    page = open_page()
+def test_chat(pages: Pages, models: dict[str, Path]) -> None:
+    page = pages.open()
     fill(page, STORY, "Chat", model="tiny", max_tokens=12, temperature=0.8, seed=5, system="Be brief.")
     params = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.95, seed=5)
     messages = [{"role": "system", "content": "Be brief."}]
@@ -261,9 +265,9 @@ def test_chat(open_page: Callable[..., Page], models: dict[str, Path]) -> None:
     assert page.locator(".turn").count() == 0
 
 
-def test_alternatives(open_page: Callable[..., Page], models: dict[str, Path]) -> None:
+def test_alternatives(pages: Pages, models: dict[str, Path]) -> None:
     """By keyboard and by pointer: what the popover says is what LLM says."""
-    page = open_page()
+    page = pages.open()
     fill(page, PROMPT, model="tiny", max_tokens=40, temperature=0, seed=1)
     run(page)
     with LLM(models["tiny"]) as llm:
@@ -303,9 +307,9 @@ def test_alternatives(open_page: Callable[..., Page], models: dict[str, Path]) -
     assert not focused(page)["shown"]
 
 
-def test_lines_of_tokens(open_page: Callable[..., Page]) -> None:
+def test_lines_of_tokens(pages: Pages) -> None:
     """Arrow keys that go up and down find the nearest token of the next line; and the text goes on in the prompt's."""
-    page = open_page(viewport={"width": 900, "height": 700})
+    page = pages.open(viewport={"width": 900, "height": 700})
     fill(page, "x" * 30, model="slow", max_tokens=200, temperature=0)
     run(page)
     boxes = page.evaluate(
@@ -329,15 +333,15 @@ def test_lines_of_tokens(open_page: Callable[..., Page]) -> None:
     assert round(boxes[focused(page)["index"]][1]) == lines[0]
 
 
-def test_link(open_page: Callable[..., Page]) -> None:
+def test_link(pages: Pages) -> None:
     """A link makes the very text again, in another browser: whole or stopped, of a completion or of a conversation."""
-    page = open_page()
+    page = pages.open()
     fill(page, PROMPT, model="tiny", max_tokens=30, temperature=1.1, top_k=99, stop="zq\\n")
     text = run(page)
     page.click("#share")
     link = page.url
     assert "prompt=" in link.partition("#")[2]
-    other = open_page(link.partition("/#")[2].join(("#", "")))
+    other = pages.open(link.partition("/#")[2].join(("#", "")))
     assert other.locator("[name=prompt]").input_value() == PROMPT
     assert run(other) == text
     assert other.locator("#notice").is_hidden()
@@ -347,13 +351,13 @@ def test_link(open_page: Callable[..., Page]) -> None:
     page.fill("[name=prompt]", "<script>document.title = 'taken'</script>")
     text = run(page)
     page.click("#share")
-    other = open_page("#" + page.url.partition("#")[2])
+    other = pages.open("#" + page.url.partition("#")[2])
     assert other.locator(".turn").count() == 2
     assert run(other) == text
     assert other.title() == page.title() == "pronghorn"
 
     old = page.url.partition("#")[2].replace("fingerprint=fp_", "fingerprint=fp_0")
-    other = open_page("#" + old)
+    other = pages.open("#" + old)
     assert run(other) == text
     assert "another build or model" in (other.locator("#notice").text_content() or "")
     for fragment, said in (
@@ -365,17 +369,16 @@ def test_link(open_page: Callable[..., Page]) -> None:
         until(other, f"document.querySelector('#notice').textContent.includes('{said}')")
 
 
-def test_errors_are_shown(open_page: Callable[..., Page], models: dict[str, Path]) -> None:
-    page = open_page()
+def test_errors_are_shown(pages: Pages, models: dict[str, Path]) -> None:
+    page = pages.open()
     fill(page, "y" * 400, model="tiny")
-    faults = open_page.faults  # type: ignore[attr-defined]
     page.keyboard.press("Control+Enter")
     page.wait_for_selector("#notice", state="visible")
     with LLM(models["tiny"]) as llm, pytest.raises(PromptError, match="context") as raised:
         llm.generate("y" * 400)
     assert page.locator("#notice").text_content() == str(raised.value)
-    assert [fault for fault in faults if "400" not in fault] == []  # the browser logs the status
-    faults.clear()
+    assert [fault for fault in pages.faults if "400" not in fault] == []  # the browser logs the status
+    pages.faults.clear()
     assert page.locator("[name=prompt]").input_value() == "y" * 400  # nothing is lost
     page.fill("[name=temperature]", "-1")
     page.keyboard.press("Control+Enter")
@@ -384,19 +387,16 @@ def test_errors_are_shown(open_page: Callable[..., Page], models: dict[str, Path
     page.context.set_offline(True)
     page.keyboard.press("Control+Enter")
     until(page, "document.querySelector('#notice').textContent.startsWith('the server does not answer')")
-    faults.clear()
+    pages.faults.clear()
 
 
-def test_key(open_page: Callable[..., Page], models: dict[str, Path]) -> None:
+def test_key(pages: Pages, models: dict[str, Path]) -> None:
     """The key goes with each request, and stays in the tab."""
     server, address = start(f"-m{models['tiny']}", PRONGHORN_API_KEYS="sesame")
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            faults = open_page.faults  # type: ignore[attr-defined]
-            patch.setattr("playwright.sync_api.Page.wait_for_selector", lambda *_, **__: None)  # there are none yet
-            page = open_page(at=address)
+        page = pages.open(at=address, ready=False)
         until(page, "document.querySelector('#notice').textContent.startsWith('an API key is needed')")
-        faults.clear()
+        pages.faults.clear()
         page.fill("[name=key]", "sesame")
         page.keyboard.press("Tab")
         page.wait_for_selector("[name=model] option", state="attached")
@@ -410,12 +410,12 @@ def test_key(open_page: Callable[..., Page], models: dict[str, Path]) -> None:
         end(server)
 
 
-def test_themes(open_page: Callable[..., Page]) -> None:
+def test_themes(pages: Pages) -> None:
     def brightness(page: Page) -> float:
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         return sum(map(float, re.findall(r"\d+", colour)[:3])) / 3
 
-    page = open_page(color_scheme="light")
+    page = pages.open(color_scheme="light")
     assert brightness(page) > 200
     page.emulate_media(color_scheme="dark")
     assert brightness(page) < 50
@@ -430,8 +430,8 @@ def test_themes(open_page: Callable[..., Page]) -> None:
     assert brightness(page) > 200
 
 
-def test_phone(open_page: Callable[..., Page]) -> None:
-    page = open_page(viewport={"width": 360, "height": 640}, is_mobile=True, has_touch=True)
+def test_phone(pages: Pages) -> None:
+    page = pages.open(viewport={"width": 360, "height": 640}, is_mobile=True, has_touch=True)
     assert page.locator("[name=temperature]").is_hidden()
     page.fill("[name=prompt]", STORY)
     run(page)
@@ -450,22 +450,21 @@ def test_phone(open_page: Callable[..., Page]) -> None:
     assert page.locator("[name=temperature]").is_visible()
 
 
-def test_policy_is_in_force(open_page: Callable[..., Page]) -> None:
+def test_policy_is_in_force(pages: Pages) -> None:
     """What the other tests look for would be seen."""
-    page = open_page()
+    page = pages.open()
     page.evaluate("document.body.insertAdjacentHTML('beforeend', '<p style=\"color: red\">')")
     page.wait_for_timeout(100)
-    faults = open_page.faults  # type: ignore[attr-defined]
-    assert any(fault.startswith("policy style-src") for fault in faults)
-    faults.clear()
+    assert any(fault.startswith("policy style-src") for fault in pages.faults)
+    pages.faults.clear()
 
 
-def test_screenshots(open_page: Callable[..., Page], models: dict[str, Path]) -> None:
+def test_screenshots(pages: Pages, models: dict[str, Path]) -> None:
     """For people to look at."""
     KEPT.mkdir(parents=True, exist_ok=True)
     model = "stories" if "stories" in models else "tiny"
     for scheme in ("light", "dark"):
-        page = open_page(color_scheme=scheme, viewport={"width": 1280, "height": 800})
+        page = pages.open(color_scheme=scheme, viewport={"width": 1280, "height": 800})
         fill(page, STORY, model=model, max_tokens=150, temperature=0.7, seed=3)
         run(page)
         page.locator(".token").nth(20).hover()
