@@ -108,7 +108,10 @@ def build(folder: Path) -> Stage:
 
 def try_out(stage: Stage, model: Path) -> None:
     """Runs the image's command on a model, and asks it something."""
-    inside = shlex.join(["chroot", f"--userspec={stage.user}", str(stage.root), "env", "-C", stage.folder])
+    uid, gid = stage.user.split(":")
+    inside = shlex.join(
+        ["unshare", f"--root={stage.root}", f"--wd={stage.folder}", f"--setuid={uid}", f"--setgid={gid}"]
+    )
     command = shlex.join([*stage.command["ENTRYPOINT"], *stage.command["CMD"], "-m", f"/tmp/model/{model.name}"])
     root = shlex.quote(str(stage.root))
     script = f"""
@@ -116,7 +119,7 @@ def try_out(stage: Stage, model: Path) -> None:
         ip link set lo up
         mount --bind {root} {root} && mount -o remount,bind,ro {root} && mount -t tmpfs tmpfs {root}/tmp
         mkdir {root}/tmp/model && mount --bind {shlex.quote(str(model.parent))} {root}/tmp/model
-        mount -t tmpfs -o uid=65532 tmpfs {root}/cache
+        mount -t tmpfs -o uid={uid} tmpfs {root}/cache
         {inside} {command} & server=$!
         for second in $(seq 60); do
           if {inside} {shlex.join(stage.command["HEALTHCHECK"])} 2> /dev/null; then
