@@ -135,6 +135,8 @@ class LLM:
             cost = runs_ahead.weight_bytes / bytes_read(self.model, weights)
             self._engine.speculate(runs_ahead.draft(self._engine.pool, cost))
         self.context = self._engine.context
+        self._weights = weights
+        self._headless: Runner | None = None  # whose logits are hidden states
         self._lock = threading.Lock()
         self._came: list[Request] = []  # that the engine has not been given yet
         self._ended: list[Request] = []  # that are no longer wanted, and may hold pages yet
@@ -274,17 +276,58 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each token, float32 [tokens, vocabulary]."""
+        return self._rows(token_ids, self.model.config.vocab_size, lambda engine: engine.runner)
+
+    def hidden(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """What the head would read after each token (the last norm's output), float32 [tokens, embd]."""
+        return self._rows(token_ids, self.model.config.embd, self._without_head)
+
+    def _rows(self, token_ids: Sequence[int], width: int, runner_of: Callable[[Engine], Runner]) -> NDArray[np.float32]:
+        """A runner's rows, float32 [tokens, width], in chunks, between which others may have their steps."""
         import numpy as np
 
-        engine, ids = self._ready(), token_array(token_ids)
-        result = np.empty((len(ids), self.model.config.vocab_size), np.float32)
-        start = 0
+        ids = token_array(token_ids)
+        result = np.empty((len(ids), width), np.float32)
         with self._lock:
-            for rows in engine.logits(ids):
-                chunk = np.frombuffer(rows, np.float32).reshape(-1, result.shape[1])
-                result[start : start + len(chunk)] = chunk
-                start += len(chunk)
+            engine = self._ready()
+            chunks = engine.logits(ids, runner_of(engine))
+        start = 0
+        try:
+            while start < len(ids):
+                with self._lock:
+                    self._ready()
+                    chunk = np.frombuffer(next(chunks), np.float32).reshape(-1, width)
+                    result[start : start + len(chunk)] = chunk
+                    start += len(chunk)
+        finally:
+            with self._lock:
+                chunks.close()
         return result
+
+    def _without_head(self, engine: Engine) -> Runner:
+        """The model with the identity for its head, on the same keys and values if it is a native program."""
+        if self._headless is None:
+            import copy
+
+            import numpy as np
+
+            from pronghorn.ops.cpu import CpuRunner
+
+            model = copy.copy(self.model)
+            model.config = config = copy.copy(model.config)
+            config.tied, config.vocab_size = False, config.embd
+            identity = memoryview(np.eye(config.embd, dtype=np.float32).tobytes())
+            weights = {name: w for name, w in self._weights.items() if not name.startswith("lm_head.")}
+            weights["lm_head.weight"] = Dense(identity, "f32", (config.embd, config.embd))
+            n_pages, own = engine.pool.n_pages, engine.runner
+            if isinstance(own, CpuRunner):
+                shared: dict[str, Any] = {"pool": own.pool, "cache": own.cache}
+                self._headless = CpuRunner(
+                    model, Module.of(weights), n_pages=n_pages, kv_dtype=self.kv_dtype, max_tokens=STEP_TOKENS, **shared
+                )
+            else:
+                self._headless = runner_for(model, Module.of(weights), self.device, None, n_pages, self.kv_dtype)
+        return self._headless
 
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
@@ -310,6 +353,7 @@ class LLM:
             if self._engine:
                 self._ended += [*self._engine.scheduler.running, *self._engine.scheduler.waiting, *self._came]
                 self._settle()
+            self._headless, self._weights = None, {}
             self._engine = None  # and with it the runner, the KV cache and the weights
 
     def __enter__(self) -> LLM:
@@ -542,8 +586,7 @@ class DraftModel:
 
         config = self.model.config
         return ModelDraft(
-            self.runner, pages, shared=self.shared, context=config.context, vocabulary=config.vocab_size,
-            max_tokens=STEP_TOKENS, cost=cost,
+            self.runner, pages, shared=self.shared, context=config.context, max_tokens=STEP_TOKENS, cost=cost,
         )  # fmt: skip
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from pronghorn import _native
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
-from pronghorn.errors import ParameterError, PromptError, PromptTooLong, PronghornError
-from pronghorn.ops import PAGE, Batch, Runner
+from pronghorn.errors import ParameterError, PromptError, PromptTooLong, PronghornError, QueueFull
+from pronghorn.ops import PAGE, Batch, Choice, Chosen, Runner
 
 if TYPE_CHECKING:
     from pronghorn.engine.grammar import Mask, Masks
@@ -126,17 +126,21 @@ class Engine:
             logits = self._run(batch)
         finally:  # they were computed meanwhile
             allowed = masks()
-        row = 0
+        row, choices, rows = 0, list[Choice](), dict[Request, int]()
         for request, n_tokens in work:
             row = self._prompt_logprobs(request, n_tokens, logits, row)
             self._commit(request, n_tokens)
             if request.n_computed == len(request.token_ids):
-                self._sample(request, logits, row, allowed.get(request))
-                row += 1
-                if proposal := drafts.get(request):
-                    self._verify(proposal, logits, row)
-                    row += len(proposal.token_ids)
-                advanced.append(request)
+                drafted = drafts[request].token_ids if request in drafts else array("i")
+                rows[request] = row
+                choices += self._choices(request, row, drafted, allowed.get(request))
+                row += 1 + len(drafted)
+        chosen = iter(self.runner.choose(logits, choices) if choices else ())
+        for request, row in rows.items():
+            self._take(request, next(chosen))
+            if proposal := drafts.get(request):
+                self._verify(proposal, logits, row + 1, chosen)
+        advanced += rows
         self._n_steps += 1
         if not drafts:
             self.scheduler.pace.note(n_decoding, len(batch.token_ids) - n_decoding, self.clock() - started)
@@ -166,17 +170,19 @@ class Engine:
             self._timed.pop(request, None)
             self.scheduler.remove(request)
 
-    def logits(self, ids: array[int], *, n_rows: int = 64) -> Iterator[memoryview]:
+    def logits(
+        self, ids: array[int], runner: Runner | None = None, *, n_rows: int = 64
+    ) -> Generator[memoryview, None, None]:
         """The logits after each of the tokens, in chunks: float32 [at most n_rows, vocabulary] each.
 
-        A chunk is valid until the next one. Nothing is read from the prefix cache.
+        A chunk is valid until the next one. Nothing is read from the prefix cache. `runner`: another on the same pages.
         """
         self._check_ids(ids)
         if len(ids) > self.context:
             raise PromptTooLong(f"there are {len(ids)} tokens, but {self.holds}")
         pages = self.pool.take(-(-len(ids) // PAGE))
         if pages is None:
-            raise PromptError(f"there are {len(ids)} tokens, but other requests hold the KV cache's pages")
+            raise QueueFull(f"there are {len(ids)} tokens, but other requests hold the KV cache's pages")
         step = min(n_rows, self.scheduler.max_tokens)
         try:
             for start in range(0, len(ids), step):
@@ -184,7 +190,7 @@ class Engine:
                 rows = array("i", range(len(chunk)))
                 positions = array("i", range(start, start + len(chunk)))
                 zeros = array("i", bytes(4 * len(chunk)))
-                yield self.runner.run(Batch(chunk, positions, zeros, array("i", pages), len(pages), rows))
+                yield (runner or self.runner).run(Batch(chunk, positions, zeros, array("i", pages), len(pages), rows))
         finally:
             self.pool.release(pages)
 
@@ -218,14 +224,17 @@ class Engine:
                 batch.sequence.append(row)
         return batch
 
-    def _verify(self, proposal: Proposal, logits: memoryview, row: int) -> None:
+    def _verify(self, proposal: Proposal, logits: memoryview, row: int, chosen: Iterator[Chosen]) -> None:
         """Commits drafts as long as they are what was chosen anyway, each with the choice that follows it."""
         request, n_right = proposal.request, 0
-        for token_id in proposal.token_ids:
+        following = [] if request.grammar else [next(chosen) for _ in proposal.token_ids]
+        for i, token_id in enumerate(proposal.token_ids):
             if request.finish_reason or request.token_ids[-1] != token_id:
                 break
             self._commit(request, 1)
-            self._sample(request, logits, row + n_right)
+            if request.grammar:
+                following += self.runner.choose(logits, self._choices(request, row + i))
+            self._take(request, following[i])
             n_right += 1
         assert self.speculator
         self.speculator.verified(proposal, n_right)
@@ -264,24 +273,49 @@ class Engine:
                 row += 1
         return row
 
-    def _sample(
-        self, request: Request, logits: memoryview, row: int, allowed: Mask | PronghornError | None = None
-    ) -> None:
+    def _choices(
+        self,
+        request: Request,
+        row: int,
+        drafted: array[int] | None = None,
+        allowed: Mask | PronghornError | None = None,
+    ) -> list[Choice]:
+        """What is to be chosen after a request's tokens, and after each of its drafts, as if these were right.
+
+        Not so with a grammar, which must see a token to say what may follow it.
+        """
         params, ids = request.params, request.token_ids
+        n_top = params.logprobs if params.best_of is None else params.logprobs or 0
         try:
-            if request.error:
-                raise request.error
             if isinstance(allowed, PronghornError):
                 raise allowed
             if request.grammar and allowed is None:
                 allowed = request.grammar.mask()
-            token_id = request.sampler.choose(logits, row, self.vocabulary, ids, request.n_prompt, allowed)
-            if params.logprobs is not None or params.best_of is not None:
-                found = _native.log_probabilities(logits, row, self.vocabulary, token_id, params.logprobs or 0)
+        except PronghornError as error:
+            request.error, allowed = request.error or error, None
+        choices = [Choice(request.sampler, row, ids, request.n_prompt, allowed, n_top)]
+        if drafted and not request.grammar:
+            ahead = ids + drafted
+            choices += [
+                Choice(request.sampler, row + i, ahead[: len(ids) + i], request.n_prompt, None, n_top)
+                for i in range(1, 1 + len(drafted))
+            ]
+        return choices
+
+    def _take(self, request: Request, chosen: Chosen) -> None:
+        """Appends the token that was chosen, or ends the request, which no other minds."""
+        ids = request.token_ids
+        try:
+            if request.error:
+                raise request.error
+            if isinstance(chosen, str):  # such as: the logits are not finite
+                raise PronghornError(chosen)
+            token_id, found = chosen
+            if found:
                 request.logprobs.append(Logprob(token_id, found[0][1], found[1:]))
             if request.grammar and token_id not in request.stop_ids:
                 request.grammar.advance(token_id)
-        except (ValueError, PronghornError) as error:  # such as logits that are not finite: no other request minds
+        except PronghornError as error:
             request.error = request.error or PronghornError(f"token {len(ids)}: {error}")
             return self.finish(request, "error")
         ids.append(token_id)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
+import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,23 +16,28 @@ from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pronghorn.batch import numbered
 from pronghorn.engine.sampling import NAMES, SamplingParams, fresh_seed
-from pronghorn.errors import PronghornError, ShuttingDown
+from pronghorn.errors import PromptError, PronghornError, QueueFull, ShuttingDown
 from pronghorn.serve import schemas as s
 from pronghorn.serve.answers import Answers, Chats, Completions, Pieces
 from pronghorn.serve.metrics import Meter, Metrics
-from pronghorn.serve.operation import LEFT, Door, Refusal, Settings
+from pronghorn.serve.openapi import OPERATIONS, document
+from pronghorn.serve.operation import LEFT, PATIENCE, Door, Refusal, Settings
 from pronghorn.serve.tools import FORCED, form_of, schema_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from pronghorn.async_llm import AsyncLLM, AsyncStream
     from pronghorn.generation import Chunk, Output
-    from pronghorn.llm import Prompt
+    from pronghorn.llm import LLM, Prompt
 
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -53,6 +61,8 @@ class Served:
         self.name, self.engine, self.created, self.fingerprint = name, engine, created, fingerprint
         self.llm = engine.llm
         self.pieces = Pieces(engine.llm)
+        self.embedding = asyncio.Lock()
+        self.n_embedding = 0  # requests that hold it or wait for it
 
     def card(self) -> dict[str, Any]:
         """What /v1/models tells."""
@@ -83,12 +93,20 @@ class Service:
         return self.models[name]
 
     async def body(self, request: Request) -> bytes:
-        """A request's body, if it is not too long."""
+        """A request's body, if it is not too long, and comes."""
         most, data = self.settings.max_body, bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > most:
-                raise Refusal(413, f"the body has more than {most} bytes", code="body_too_large")
+
+        async def gather() -> None:
+            nonlocal data
+            async for part in request.stream():
+                data += part
+                if len(data) > most:
+                    raise Refusal(413, f"the body has more than {most} bytes", code="body_too_large")
+
+        try:
+            await asyncio.wait_for(gather(), PATIENCE)
+        except asyncio.TimeoutError:
+            raise Refusal(408, f"the body did not come within {PATIENCE} seconds", "timeout_error") from None
         return bytes(data)
 
     async def read(self, request: Request, kind: type[B]) -> B:
@@ -139,8 +157,6 @@ class Service:
             form, options["json_schema"] = FORCED, schema_of(wanted)
         if body.top_logprobs is not None and not body.logprobs:
             raise Refusal(400, "top_logprobs is given, but logprobs is not true", param="top_logprobs")
-        if body.max_tokens == 0:
-            raise Refusal(400, "max_tokens is 0: expected at least 1", param="max_tokens")
         if body.max_tokens is not None and body.max_completion_tokens is not None:
             raise Refusal(400, "max_tokens is given beside max_completion_tokens", param="max_tokens")
         n_new = body.max_completion_tokens or body.max_tokens
@@ -229,8 +245,12 @@ class Service:
     def check_time(self, *ended: Output | Chunk) -> None:
         """Raises Refusal where time was up: OpenAI's finish_reason has no word for it."""
         if any(one.finish_reason == "timeout" for one in ended):
-            message = f"the request took longer than {self.settings.timeout} seconds"
-            raise Refusal(504, message, "timeout_error", code="timeout")
+            raise self.too_late()
+
+    def too_late(self) -> Refusal:
+        """The answer where time is up."""
+        message = f"the request took longer than {self.settings.timeout:g} seconds"
+        return Refusal(504, message, "timeout_error", code="timeout")
 
     async def events(
         self,
@@ -282,6 +302,47 @@ class Service:
         """The answer to an error of the engine; at the end it closes, and cancels what still runs."""
         return Refusal.of(ShuttingDown() if self.status == "draining" and type(error) is PronghornError else error)
 
+    async def embeddings(self, request: Request) -> Response:
+        """Texts as vectors: the last hidden states' mean, or the last of them, with length 1."""
+        body = await self.read(request, s.EmbeddingRequest)
+        served = self.served(body.model)
+        vectors, n_tokens = await unless_gone(request, self.embed(served, prompts_of(body.input)))
+        data = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": base64.b64encode(vector.tobytes()).decode()
+                if body.encoding_format == "base64"
+                else vector.tolist(),
+            }
+            for index, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        request.scope["pronghorn"] |= {"model": served.name, "prompt_tokens": n_tokens}
+        return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": usage})
+
+    async def embed(self, served: Served, prompts: Sequence[Prompt]) -> tuple[list[NDArray[np.float32]], int]:
+        """The vectors, and how many tokens they are of. One request at a time; the others wait, up to a number."""
+        most = self.settings.max_waiting
+        if most is not None and served.n_embedding > most:
+            raise QueueFull(f"{most} requests for embeddings wait: try again later")
+        served.n_embedding += 1
+        ends = time.monotonic() + (self.settings.timeout or math.inf)
+        vectors, n_tokens = [], 0
+        try:
+            async with served.embedding:
+                for prompt in prompts:
+                    if time.monotonic() > ends:
+                        raise self.too_late()
+                    if self.status == "draining":
+                        raise ShuttingDown
+                    vector, n = await asyncio.to_thread(embedded, served.llm, prompt, self.settings.pooling)
+                    vectors.append(vector)
+                    n_tokens += n
+        finally:
+            served.n_embedding -= 1
+        return vectors, n_tokens
+
     # The rest --------------------------------------------------------------------------------------------------
 
     async def list_models(self, request: Request) -> Response:
@@ -316,7 +377,7 @@ class Service:
         return JSONResponse({"content": await asyncio.to_thread(tokenizer.decode, body.tokens)})
 
     async def health(self, request: Request) -> Response:
-        """Whether requests are taken."""
+        """Whether requests are taken; a load balancer turns away while they are not."""
         return JSONResponse({"status": self.status}, 200 if self.status == "ok" else 503)
 
     async def metrics_text(self, request: Request) -> Response:
@@ -336,26 +397,37 @@ class Service:
 def app_of(service: Service) -> Starlette:
     """The ASGI application."""
     routes = [
-        Route("/v1/completions", guarded(service, service.completions), methods=["POST"]),
-        Route("/v1/chat/completions", guarded(service, service.chat_completions), methods=["POST"]),
-        Route("/v1/models", guarded(service, service.list_models)),
-        Route("/v1/models/{model:path}", guarded(service, service.model)),
-        Route("/tokenize", guarded(service, service.tokenize), methods=["POST"]),
-        Route("/detokenize", guarded(service, service.detokenize), methods=["POST"]),
-        Route("/health", guarded(service, service.health)),
-        Route("/metrics", guarded(service, service.metrics_text)),
-        Route("/", guarded(service, service.inputs), methods=["POST"]),
-        Route("/", guarded(service, service.page)),
-        Route("/page/{file}", guarded(service, service.page)),
+        Route(
+            operation.path.replace("{model}", "{model:path}"),  # names may have slashes
+            guarded(service, getattr(service, operation.name)),
+            methods=[operation.method],
+        )
+        for operation in OPERATIONS
     ]
-    door = Middleware(Door, settings=service.settings, metrics=service.metrics)
+    spec = document()
+
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(spec)
+
+    routes += [Route("/openapi.json", guarded(service, openapi))]
+    routes += [Route(path, guarded(service, service.page)) for path in ("/", "/page/{file}")]
+    middleware = [Middleware(Door, settings=service.settings, metrics=service.metrics)]
+    if service.settings.cors:
+        allowed: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        origins = list(service.settings.cors)
+        middleware.insert(
+            0, Middleware(CORSMiddleware, allow_origins=origins, expose_headers=["x-request-id"], **allowed)
+        )
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what = f"{request.method} {request.url.path}"
-        return Refusal(error.status_code, f"{what}: {error.detail}", code=error.detail.lower()).response()
+        code = error.detail.lower().replace(" ", "_")
+        response = Refusal(error.status_code, f"{what}: {error.detail}", code=code).response()
+        response.headers.update(error.headers or {})
+        return response
 
-    return Starlette(routes=routes, middleware=[door], exception_handlers={HTTPException: http_error})
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: http_error})
 
 
 def guarded(
@@ -401,6 +473,18 @@ def parse(data: bytes, kind: type[B]) -> B:
 def prompts_of(given: Any) -> list[Any]:
     """The prompts of a request, one or several."""
     return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
+def embedded(llm: LLM, prompt: Prompt, pooling: str) -> tuple[NDArray[np.float32], int]:
+    """A prompt's vector [embd] and its tokens. The mean is taken in float64, in the tokens' order."""
+    import numpy as np
+
+    ids = llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    if not ids:
+        raise PromptError("the input is empty: it needs at least one token")
+    hidden = llm.hidden(ids)
+    vector = hidden[-1].astype(np.float64) if pooling == "last" else hidden.mean(axis=0, dtype=np.float64)
+    return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32), len(ids)
 
 
 def template_of(served: Served) -> str | None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -23,11 +24,10 @@ from pronghorn.async_llm import AsyncLLM
 from pronghorn.errors import ParameterError, PronghornError
 from pronghorn.llm import LLM
 from pronghorn.serve.app import Served, Service, app_of
-from pronghorn.serve.operation import Settings, log, names_of, read_keys, set_up_logs
+from pronghorn.serve.operation import PATIENCE, Settings, log, names_of, read_keys, set_up_logs
 from pronghorn.weights.files import map_file
 
 HEADERS = 64 << 10  # bytes that a request's head may have
-PATIENCE = 60  # seconds that a client's kernel may be silent, or its window shut
 
 
 def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
         raise ParameterError("--max-per-key is given, but there are no API keys")
     settings = Settings(
         keys=keys,
+        cors=tuple(args.cors or ()),
         max_body=args.max_body,
         max_tokens=args.max_tokens,
         max_waiting=args.max_waiting,
@@ -46,6 +47,9 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
         log_prompts=args.log_prompts,
     )
     names = names_of(args.model or [])
+    for file in filter(None, (args.tls_cert, args.tls_key)):
+        if not Path(file).is_file():
+            raise ParameterError(f"{file}: there is no such file")
     set_up_logs(args.log_format)
     with listen(args.host, args.port) as sock:
         asyncio.run(serve(args, settings, names, load, sock))
@@ -103,14 +107,17 @@ async def serve(
     server, loop, asked = Server(config), asyncio.get_running_loop(), asyncio.Event()
     loaded: asyncio.Future[None] = loop.create_future()
 
-    def stop(number: int) -> None:
-        if asked.is_set():
-            log.warning("stopped at once")
-            os._exit(128 + number)
-        asked.set()
+    signals: list[int] = []
 
+    def stop(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            os._exit(128 + number)
+        loop.call_soon_threadsafe(asked.set)
+
+    # Not by the loop's add_signal_handler: it loses a signal when its pipe is full of the engine's words.
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
+        signal.signal(number, stop)
 
     def load_all() -> None:  # a thread that does not keep the process from ending
         error = None
@@ -124,6 +131,9 @@ async def serve(
             error = fault
         loop.call_soon_threadsafe(lambda: loaded.set_exception(error) if error else loaded.set_result(None))
 
+    host, port = sock.getsockname()[:2]
+    address = f"http{'s' if args.tls_cert else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+    log.info("%s: loading", address)
     threading.Thread(target=load_all, name="pronghorn-load", daemon=True).start()
     serving = asyncio.create_task(server.serve([sock]))
     waiting = asyncio.create_task(asked.wait())
@@ -136,10 +146,7 @@ async def serve(
             return
         loaded.result()
         service.status = "ok"
-        host, port = sock.getsockname()[:2]
-        scheme = "https" if args.tls_cert else "http"
-        address = f"[{host}]" if ":" in host else host
-        log.info("%s: serving %s", f"{scheme}://{address}:{port}", ", ".join(service.models))
+        log.info("%s: serving %s", address, ", ".join(service.models))
         if not settings.keys and host not in ("127.0.0.1", "::1"):
             log.warning("anyone who reaches %s may use this server: it has no API keys", host)
         await asyncio.wait(either[1:], return_when=asyncio.FIRST_COMPLETED)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pronghorn.serve")
 
 OPEN = ("/", "/health", "/openapi.json")  # and the page's files: what needs no key, if it is a GET
+PATIENCE = 60  # seconds that a client may keep us waiting: for a body, or for its kernel's word
 LEFT = 499  # nginx's status for a client that has left
 
 
@@ -34,6 +35,7 @@ class Settings(NamedTuple):
     """How a server behaves."""
 
     keys: tuple[str, ...] = ()  # none: everybody may come
+    cors: tuple[str, ...] = ()  # origins
     max_body: int = 4 << 20  # bytes
     max_tokens: int | None = None  # that a request may ask for
     max_waiting: int | None = 256  # samples in the queue
@@ -155,15 +157,15 @@ class Door:
         if not right:
             fault = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
             raise Refusal(401, fault, "authentication_error", code="invalid_api_key")
-        key, most = right[0], self.settings.max_per_key
+        key, most, n = right[0], self.settings.max_per_key, int(scope["method"] == "POST")
         about["key"] = self.names[key]
-        if most is not None and self.at_once[key] >= most:
+        if n and most is not None and self.at_once[key] >= most:
             raise Refusal(429, f"this key has {most} requests running", "rate_limit_error", code="too_many_requests")
-        self.at_once[key] += 1
+        self.at_once[key] += n
         try:
             yield
         finally:
-            self.at_once[key] -= 1
+            self.at_once[key] -= n
 
 
 class JsonLines(logging.Formatter):
@@ -195,8 +197,7 @@ def names_of(models: Sequence[str]) -> dict[str, str | None]:
         if not sign or Path(text).exists():
             name, model = Path(text).name.removesuffix(".gguf").removesuffix(".safetensors"), text
         if not name or name in found:
-            raise ParameterError(
-                f"-m {text}: its name {name!r} is {'another model`s' if name else 'empty'}: NAME=MODEL"
-            )
+            fault = "another model has its name" if name else "it has no name"
+            raise ParameterError(f"-m {text}: {fault}: give it one by -m NAME=MODEL")
         found[name] = model
     return found or {"default": None}

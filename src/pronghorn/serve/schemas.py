@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
@@ -134,6 +134,7 @@ class SchemaFormat(Body):
 
 class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=100)
@@ -301,8 +302,12 @@ class Detokenized(Body):
     content: str
 
 
-class Generated(Body):
+class GeneratedText(Body):
     generated_text: str
+
+
+class Generated(RootModel[list[GeneratedText]]):
+    """fast_gpt2's form."""
 
 
 class Health(Body):
