@@ -338,6 +338,7 @@ def test_link(pages: Pages) -> None:
     page = pages.open()
     fill(page, PROMPT, model="tiny", max_tokens=30, temperature=1.1, top_k=99, stop="zq\\n")
     text = run(page)
+    page.fill("[name=stop]", "of no matter to what is there")
     page.click("#share")
     link = page.url
     assert "prompt=" in link.partition("#")[2]

@@ -13,15 +13,16 @@ let running = null; // the AbortController of the run that goes on
 
 // ---------------------------------------------------------------------------------------------------- the server
 
-function request(path, options = {}) {
+async function request(path, options = {}) {
   const headers = { "content-type": "application/json" };
   if (field.key.value) headers.authorization = `Bearer ${field.key.value}`;
-  return fetch(path, { ...options, headers }).then(async (response) => {
-    if (response.ok) return response;
-    const text = await response.text();
-    if (response.status === 401) $("settings").open = true;
-    throw new Error(messageOf(text) ?? `${response.status} ${response.statusText}: ${text.slice(0, 200)}`);
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error(`the server does not answer (${error.message})`);
   });
+  if (response.ok) return response;
+  if (response.status === 401) $("settings").open = true;
+  const text = await response.text();
+  throw new Error(messageOf(text) ?? `${response.status} ${response.statusText}: ${text.slice(0, 200)}`);
 }
 
 function messageOf(text) {
@@ -35,7 +36,7 @@ function messageOf(text) {
 /** The JSON values of a stream of server-sent events, to its [DONE]. */
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = "", ended = false; !ended; ) {
+  for (let rest = ""; ; ) {
     const { value, done } = await reader.read();
     if (done) throw new Error("the connection ended before the answer did");
     const lines = (rest + value).split("\n");
@@ -87,7 +88,6 @@ class Answer {
     this.rest = ""; // text that no token has been laid over
     this.waiting = []; // tokens whose text has not come: half a character, or what may become a stop string
     this.count = 0;
-    element.answer = this;
   }
 
   add(text, tokens) {
@@ -279,8 +279,7 @@ async function run() {
     changed();
   } else if (chat) turns.push({ role: "assistant", content: answer.text });
   $("status").textContent = `${error?.name === "AbortError" ? "stopped after " : ""}${answer.count} tokens`;
-  if (error instanceof TypeError) notice(`the server does not answer (${error.message})`);
-  else if (error && error.name !== "AbortError") notice(error.message);
+  if (error && error.name !== "AbortError") notice(error.message);
   running = null;
   working(false);
 }
@@ -350,7 +349,7 @@ let expected = null; // the build and model that the link's text was made with
 function link({ mode, body, fingerprint }) {
   const { messages, ...rest } = body;
   const values = { mode, ...rest, ...(messages && { messages: JSON.stringify(messages) }), fingerprint };
-  if (body.stop) values.stop = field.stop.value;
+  if (body.stop) values.stop = body.stop.map((text) => text.replaceAll("\n", "\\n")).join("\n");
   const known = Object.entries(values).filter(([, value]) => value !== undefined);
   return `${location.href.split("#")[0]}#${new URLSearchParams(known)}`;
 }
@@ -430,7 +429,7 @@ function changed() {
   field.prompt.placeholder = chat ? "Say something." : "Write the beginning; the model goes on from there.";
   $("prompt-label").textContent = chat ? "Message" : "Prompt";
   $("run").firstElementChild.textContent = chat ? "Send" : "Run";
-  $("echo").textContent = chat ? "" : field.prompt.value; // holds the place of the prompt, so that the text goes on in its line
+  $("echo").textContent = chat ? "" : field.prompt.value; // keeps the prompt's place, so that the text goes on in its line
   form.classList.toggle("shaded", field.shade.checked);
   for (const range of document.querySelectorAll("[data-of]")) range.value = field[range.dataset.of].value;
   for (const area of document.querySelectorAll("textarea")) fit(area);
