@@ -237,6 +237,20 @@ def test_stream_and_stop(pages: Pages, models: dict[str, Path], address: str) ->
         metrics = urlopen(address + "metrics").read().decode()
 
 
+def test_drafts_are_told_live(pages: Pages, models: dict[str, Path]) -> None:
+    server, address = start(f"-m{models['slow']}", "--draft", "ngram")
+    try:
+        page = pages.open(at=address)
+        fill(page, "ab" * 20, max_tokens=15000, temperature=0)
+        page.keyboard.press("Control+Enter")
+        until(page, "document.querySelector('#drafts').textContent.endsWith('%')")
+        assert page.locator("#halt").is_visible()
+        assert re.fullmatch(r"\d+ %", page.locator("#drafts").text_content() or "")
+        page.keyboard.press("Escape")
+    finally:
+        end(server)
+
+
 def test_chat(pages: Pages, models: dict[str, Path]) -> None:
     page = pages.open()
     fill(page, STORY, "Chat", model="tiny", max_tokens=12, temperature=0.8, seed=5, system="Be brief.")

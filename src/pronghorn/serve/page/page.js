@@ -80,7 +80,7 @@ function textOf(bytes) {
 
 // --------------------------------------------------------------------------------------------- a text and its tokens
 
-/** An answer on its way. The text is what the server sends as text; tokens are laid over it, as far as they spell it. */
+/** An answer on its way. Its text is what the server sends as text; tokens are laid over it, as far as they spell it. */
 class Answer {
   constructor(element) {
     this.element = element;
@@ -321,8 +321,9 @@ function figures({ body, answer, started, first, latest, early, ended, timings =
   $("speed").textContent = speed ? speed.toFixed(speed < 100 ? 1 : 0) : "–";
   $("count").textContent = answer.count;
   $("ended").textContent = ended === "length" ? "tokens (limit)" : "tokens";
-  $("drafts").parentElement.hidden = !timings.draft_proposed;
-  $("drafts").textContent = `${Math.round((100 * timings.draft_accepted) / timings.draft_proposed)} %`;
+  const right = timings.draft_accepted / timings.draft_proposed; // NaN where there are no drafts
+  $("drafts").parentElement.hidden = !(right >= 0);
+  $("drafts").textContent = right >= 0 ? `${Math.round(100 * right)} %` : "–";
   $("used-seed").textContent = body.seed;
 }
 
