@@ -14,12 +14,22 @@ from pronghorn.serve.tools import CallReader, Form
 
 if TYPE_CHECKING:
     from pronghorn.engine.scheduler import Logprob
-    from pronghorn.generation import Chunk, Output
+    from pronghorn.generation import Chunk, Output, Timings
     from pronghorn.llm import LLM
     from pronghorn.serve.app import Served
     from pronghorn.text.tokenizer import StreamDecoder
 
 LEAST = -9999.0  # for the logarithm of 0, which JSON does not have
+
+
+def told(timings: Timings) -> dict[str, Any]:
+    """What answers tell of timings."""
+    return {
+        "ttft_s": timings.ttft_s,
+        "decode_tok_s": timings.decode_tok_s,
+        "draft_proposed": timings.drafted_tokens,
+        "draft_accepted": timings.accepted_tokens,
+    }
 
 
 class Pieces:
@@ -111,7 +121,6 @@ class Answers:
         """What is known at the end; `seed` and `timings` (of the first sample) are extensions."""
         n_prompt = sum(len(out.prompt_token_ids) for out in outs)
         n_new = sum(self.n_new(out) for one in outs for out in one.samples)
-        timings = outs[0].timings
         return {
             "usage": {
                 "prompt_tokens": n_prompt,
@@ -120,12 +129,7 @@ class Answers:
                 "prompt_tokens_details": {"cached_tokens": sum(out.timings.cached_tokens for out in outs)},
             },
             "seed": outs[0].seed,
-            "timings": {
-                "ttft_s": timings.ttft_s,
-                "decode_tok_s": timings.decode_tok_s,
-                "draft_proposed": timings.drafted_tokens,
-                "draft_accepted": timings.accepted_tokens,
-            },
+            "timings": told(outs[0].timings),
         }
 
     def n_new(self, out: Output) -> int:

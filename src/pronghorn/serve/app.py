@@ -25,7 +25,7 @@ from pronghorn.batch import numbered
 from pronghorn.engine.sampling import NAMES, SamplingParams, fresh_seed
 from pronghorn.errors import PromptError, PronghornError, QueueFull, ShuttingDown
 from pronghorn.serve import schemas as s
-from pronghorn.serve.answers import Answers, Chats, Completions, Pieces
+from pronghorn.serve.answers import Answers, Chats, Completions, Pieces, told
 from pronghorn.serve.metrics import Meter, Metrics
 from pronghorn.serve.openapi import OPERATIONS, document
 from pronghorn.serve.operation import LEFT, PATIENCE, Door, Refusal, Settings
@@ -274,10 +274,13 @@ class Service:
                     if held:
                         yield event(held)
                         held = None
+                    message = answers.message(choice)
+                    if (so_far := stream.timings()).drafted_tokens:
+                        message["timings"] = told(so_far)
                     if choice["finish_reason"]:
-                        held = answers.message(choice)
+                        held = message
                     else:
-                        yield event(answers.message(choice))
+                        yield event(message)
             tail = answers.tail([stream.output() for stream in streams])
             note_usage(note, tail)
             if with_usage:  # in a message without choices, which only those can read who have asked for it
