@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -260,6 +261,20 @@ def test_memory_does_not_grow_with_the_text(model: Path, ids: list[int]) -> None
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "more"), [("lm_eval", ["--harness", "wikitext"]), ("tomli", ["text.txt", "--check", "limits.toml"])]
+)
+def test_what_an_extra_brings(
+    lacking: str, more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [lacking, "tomllib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "pronghorn.harness", raising=False)
+    assert main(["eval", *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"needs {lacking}, which the extra `eval` brings: pip install 'pronghorn[eval]'" in line
 
 
 def test_mistakes(model: Path, ids: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

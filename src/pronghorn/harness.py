@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pronghorn._native import log_probabilities
 from pronghorn.engine.sampling import SamplingParams
 from pronghorn.errors import ParameterError, PromptError, PronghornError
-from pronghorn.evaluate import Name, log_softmax
 from pronghorn.llm import LLM
 
 try:
@@ -86,11 +86,11 @@ class Adapter(TemplateLM):  # type: ignore[misc]
                 entries = (next(outputs).prompt_logprobs or [])[-len(after) :] if after else []
                 pairs = [(e.logprob, e.token_id == e.top[0][0]) for e in entries if e]
             else:
-                logits = self.llm.logits(ids[:-1])[-len(after) :]
-                values = [
-                    float(log_softmax(row[None])[0, token_id]) for row, token_id in zip(logits, after, strict=True)
+                rows = self.llm.logits(ids[:-1])[-len(after) :]
+                likely = [
+                    log_probabilities(rows.data, i, rows.shape[1], token_id, 1) for i, token_id in enumerate(after)
                 ]
-                pairs = list(zip(values, logits.argmax(1) == after, strict=True))
+                pairs = [(chosen[1], chosen[0] == best[0]) for chosen, best in likely]
             found.append((float(sum(value for value, _ in pairs)), all(greedy for _, greedy in pairs)))
         return found
 
@@ -155,7 +155,9 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, f
                 yield task, metric, value, error if isinstance(error, float) else None
 
 
-def run(args: argparse.Namespace, models: Sequence[Name], dtypes: Sequence[str], kv_dtypes: Sequence[str]) -> None:
+def run(
+    args: argparse.Namespace, models: Sequence[str | Path | None], dtypes: Sequence[str], kv_dtypes: Sequence[str]
+) -> None:
     """`pronghorn eval --harness TASKS`."""
     for name in ("plot", "check", "stride"):
         if getattr(args, name) is not None:
