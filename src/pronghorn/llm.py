@@ -614,11 +614,11 @@ class DraftModel:
         )  # fmt: skip
 
 
-def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM) -> None:
-    """ParameterError for a draft whose token ids are not the LLM's."""
+def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM, what: str = "draft") -> None:
+    """ParameterError for a draft, or another model, whose token ids are not the LLM's."""
     sizes = model.config.vocab_size, llm.model.config.vocab_size
     if sizes[0] != sizes[1]:
-        raise ParameterError(f"draft is {name!r}: its vocabulary has {sizes[0]} tokens, and the model's {sizes[1]}")
+        raise ParameterError(f"{what} is {name!r}: its vocabulary has {sizes[0]} tokens, and the model's {sizes[1]}")
     try:
         ours, its = llm.tokenizer, load_tokenizer(checkpoint.tokenizer)
     except NoTokenizer:  # ids in, ids out
@@ -627,7 +627,7 @@ def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM) 
         tokens = [t.id_to_token(index) if index < t.vocab_size else None for t in (its, ours)]
         if tokens[0] != tokens[1]:
             raise ParameterError(
-                f"draft is {name!r}: its token {index} is {tokens[0]!r}, and the model's {tokens[1]!r}"
+                f"{what} is {name!r}: its token {index} is {tokens[0]!r}, and the model's {tokens[1]!r}"
             )
 
 
@@ -831,9 +831,13 @@ def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
     return sum(weight.data.nbytes for weight in weights_read(model, weights).values())
 
 
-def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
-    """What `pronghorn info` shows: the configuration, what becomes of the weights, and the memory of each context."""
+def describe(checkpoint: Checkpoint, dtype: str = "auto", *, sparsity: bool = False) -> dict[str, Any]:
+    """What `pronghorn info` shows: the configuration, what becomes of the weights, and the memory of each context.
+
+    `sparsity` adds the share of zeros, for which all weights are read.
+    """
     from pronghorn.weights import quantize
+    from pronghorn.weights.sparsity import sparsity as sparsity_of
 
     check_options(dtype)
     model, tensors = model_of(checkpoint)
@@ -868,4 +872,5 @@ def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
         "total_bytes": {
             dtype: {length: weight_bytes + size for length, size in row.items()} for dtype, row in kept.items()
         },
+        **({"sparsity": sparsity_of(parameters, tensors)} if sparsity else {}),
     }
