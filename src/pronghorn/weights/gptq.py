@@ -72,6 +72,9 @@ def gptq(w: Floats, hessian: Array, target: Target, options: Options | None = No
     # A group's scale follows from its weights as they are when their turn comes, if they come together.
     whole = options.act_order or not target.group
     block = max(options.block // group, 1) * group if not whole else options.block
+    # What a group's weights would be now, if none were rounded any more: its scales are fitted to these.
+    starts = [] if whole else range(0, n_in, group)
+    settled = [np.linalg.inv(feed[k : k + group, k : k + group].T) for k in starts]
     h32 = h.astype(np.float32) if options.sweeps else None
 
     def rows(w: Floats) -> Codes:
@@ -90,8 +93,8 @@ def gptq(w: Floats, hessian: Array, target: Target, options: Options | None = No
                 k = int(order[start + i])
                 g = k // group
                 if not whole and k % group == 0:
-                    columns = np.ascontiguousarray(wanted[i : i + group].T)
-                    fitted = fit(grouped(columns, group), target, importance[g : g + 1])
+                    now = turned[k : k + group] + settled[g] @ (wanted[i : i + group] - turned[k : k + group])
+                    fitted = fit(grouped(np.ascontiguousarray(now.T), group), target, importance[g : g + 1])
                     scale[:, g], minimum[:, g] = (part[:, 0] for part in fitted)
                 error[start + i] = settle(k, wanted[i], g)
                 wanted[i + 1 :] += feed[start + i, start + i + 1 : end, None] * error[start + i]
