@@ -15,7 +15,7 @@ import pytest
 
 import houses
 import variants
-from pronghorn import LLM, SamplingParams, _native, quantize
+from pronghorn import LLM, SamplingParams, _native, mixing, quantize
 from pronghorn.cli import main
 from pronghorn.convert import FOLDER, arrange, convert
 from pronghorn.errors import CheckpointError, ParameterError, PromptError, PronghornError
@@ -159,13 +159,6 @@ def test_inputs_that_never_occur_do_no_harm() -> None:
         assert np.abs(codes.values(FORMATS["int4-g32"]) - w).max() < 2
 
 
-def test_outputs_that_are_missing_are_made_up_for() -> None:
-    """`corrected` finds the weights that give W X + M, where there are such."""
-    w, change, x = random_matrix(5, 30), random_matrix(5, 30, seed=1), inputs_of(30)
-    found = gptq.corrected(w, change.astype(np.float64) @ x.T @ x, x.T @ x, 1e-9)
-    np.testing.assert_allclose(found, w + change, atol=2e-2)
-
-
 # ---- the packing -------------------------------------------------------------------------------------------------
 
 
@@ -238,36 +231,29 @@ def work_of(folder: Path, format: str) -> Work:
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
 def test_calibration_runs_the_model(name: str, tmp_path: Path) -> None:
-    """Both halves against the reference: without quantization, and with what has been quantized by then."""
+    """Against the reference: without quantization, and with what has been quantized by then."""
     work = work_of(variants.save(name, tmp_path), "int4-g32")
     model, window = work.model, min(40, work.model.config.context)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, window))
     work.gptq(tokens)
-    quantized = {}
-    for name_, parameter in work.parameters.items():
-        if name_ in work.packed:
-            data = work.written[work.parts[name_].name]  # type: ignore[attr-defined]
-            quantized[name_] = weight(parameter, FORMATS["int4-g32"], data)
-        else:
-            quantized[name_] = houses.dense(work.load(name_))
-    exact = {name_: houses.dense(work.load(name_)) for name_ in work.parameters}
-    work.settle = lambda name, w, bar, hessian=None: to_array(quantized[name])  # type: ignore[method-assign]
-    ops = Calibration(work, tokens, work.bar(2), quantizes=True)
-    hidden = work.model.forward(ops, Module.of({name_: name_ for name_ in work.parameters}))
-    head = model.EMBEDDING if model.config.tied else "lm_head.weight"
-    for half, weights in enumerate((exact, quantized)):
-        # The head is applied here as the reference does, to inputs in float32.
-        batch = houses.batch_of(*((ids, 0, range(2 * i, 2 * i + 2)) for i, ids in enumerate(tokens.tolist())))
-        runner = ReferenceRunner(model, Module.of(weights), n_pages=4)
-        twin = runner.logits(batch)
-        part = hidden[half * tokens.size : (half + 1) * tokens.size].astype(np.float64)
-        if half:
-            part = ops.moments(hidden, "int4-g32").seen.astype(np.float64)
-        found = part @ to_array(weights[head]).T
-        difference = np.abs(found - twin) / twin.std()
+    exact = {name: houses.dense(work.load(name)) for name in work.parameters}
+    rounded = exact | {
+        name: weight(work.parameters[name], FORMATS["int4-g32"], work.written[work.parts[name].name])  # type: ignore[attr-defined]
+        for name in work.packed
+    }
+    work.settle = lambda name, w, bar, hessian=None: to_array(rounded[name]).astype(np.float32)  # type: ignore[method-assign]
+    batch = houses.batch_of(*((ids, 0, range(2 * i, 2 * i + 2)) for i, ids in enumerate(tokens.tolist())))
+    for weights in (exact, rounded):
+        ops = Calibration(work, tokens, work.bar(2), quantizes=weights is rounded)
+        hidden = model.forward(ops, Module.of({name: name for name in work.parameters}))
+        if weights is rounded:
+            hidden = ops.inputs(hidden, "int4-g32")[0]
+        head = weights[model.EMBEDDING if model.config.tied else "lm_head.weight"]
+        twin = ReferenceRunner(model, Module.of(weights), n_pages=4).logits(batch)
+        difference = np.abs(hidden.astype(np.float64) @ to_array(head).T - twin) / twin.std()
         # Rounding inputs to 8 bits is a step function, which float32 may cross where float64 does not.
-        assert np.median(difference) < (2e-2 if half else 1e-5), (name, half)
-        assert difference.max() < (0.7 if half else 1e-3), (name, half)
+        assert np.median(difference) < (2e-2 if weights is rounded else 1e-5), name
+        assert difference.max() < (0.7 if weights is rounded else 1e-3), name
 
 
 @pytest.mark.parametrize("format", ["int8", "int8-g64", "int4-g32", "int4-g64", "int4-g128-sym"])
@@ -345,6 +331,92 @@ def test_gptq_helps_a_trained_model(test_data: Path, tmp_path: Path) -> None:
     assert kl[1] < 0.8 * kl[0]
 
 
+# ---- budgets -----------------------------------------------------------------------------------------------------
+
+
+def test_a_mix_is_the_optimum_of_every_price() -> None:
+    """With just the room that the best choice at some price for a byte takes, nothing better is found, nor worse."""
+    rng = np.random.default_rng(0)
+    units, formats = [f"u{i}" for i in range(7)], ["a", "b", "c", "d"]
+    costs = {u: dict(zip(formats, np.sort(rng.random(4) ** 3)[::-1].tolist(), strict=True)) for u in units}
+    sizes = {u: dict(zip(formats, np.sort(rng.integers(1, 99, 4)).cumsum().tolist(), strict=True)) for u in units}
+    seen = set()
+    for price in np.logspace(-7, 1, 200):
+        best = {u: min(formats, key=lambda f, u=u: costs[u][f] + price * sizes[u][f]) for u in units}
+        cost, room = (sum(table[u][best[u]] for u in units) for table in (costs, sizes))
+        found = mixing.mix(costs, sizes, room=room)
+        assert sum(costs[u][found[u]] for u in units) == pytest.approx(cost)
+        found = mixing.mix(costs, sizes, most=cost * (1 + 1e-9))
+        assert sum(sizes[u][found[u]] for u in units) <= room
+        assert sum(costs[u][found[u]] for u in units) <= cost * (1 + 1e-9)
+        seen.add(room)
+    assert len(seen) > 10
+
+
+def test_costs_are_divergences_from_the_model(model: Path, ids: list[int]) -> None:
+    checkpoint = open_checkpoint(model)
+    family, tensors = model_of(checkpoint)
+    windows = np.array(ids[:120]).reshape(2, 60)
+    meter = mixing.Meter(checkpoint, family, tensors, windows)
+    assert meter.kl(family, meter.weights) == pytest.approx(0, abs=1e-9)
+    names = ["layers.0.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight"]
+    assert mixing.units_of([*names, "embed_tokens.weight"]) == {
+        "layers.0.mlp": names,
+        "embed_tokens": ["embed_tokens.weight"],
+    }
+    found = meter.changed(names, "int4-g64")
+    exact, changed = {}, {}
+    for name, parameter in meter.parameters.items():
+        exact[name] = changed[name] = meter.weights[name]
+        if name in names:
+            data = bytearray(_native.packed_size("int4", *parameter.shape, 64, False))
+            _native.pack(tensors[name].data, "f32", *parameter.shape, False, data, "int4", 64, False, _native.Pool(1))
+            changed[name] = weight(parameter, FORMATS["int4-g64"], memoryview(data))
+    total = 0.0
+    for window in windows.tolist():
+        p, q = (
+            log_softmax(
+                houses.logits_of(
+                    ReferenceRunner(family, Module.of(w), n_pages=2).logits, houses.batch_of((window, 0, [0, 1]))
+                )
+            )
+            for w in (exact, changed)
+        )
+        total += float((np.exp(p) * (p - q)).sum()) / 120
+    assert found == pytest.approx(total, rel=1e-2)
+
+
+def test_budgets(model: Path, ids: list[int], tmp_path: Path) -> None:
+    """Bits are kept to, and what KL is reported is measured on what was written."""
+
+    def bits(name: str) -> float:
+        with LLM(tmp_path / name) as llm:
+            return float(llm.info()["matrix_bits"])
+
+    *_, said, kl = quantize.quantize(
+        model, tmp_path / "b", target_bpw=9, keep=[("first", "int8")], calibration=ids, window=50
+    )
+    assert 8.5 < bits("b") <= 9
+    assert said.startswith(f"{bits('b'):.3f} bits a weight, by GPTQ, for 38 windows of 50 tokens")
+    assert re.fullmatch(r"KL \d\.\d{5} from the source, on 2 windows that were not calibrated with", kl)
+    loose, tight = (
+        (quantize.quantize(model, tmp_path / f"{most}", max_kl=most, calibration=ids, window=50)) for most in (3.0, 0.3)
+    )
+    for lines, most in ((loose, 3.0), (tight, 0.3)):
+        with LLM(model, "f32", kv_dtype="f32") as exact, LLM(tmp_path / f"{most}", kv_dtype="f32") as llm:
+            p, q = (
+                np.concatenate([log_softmax(one.logits(ids[at : at + 50])) for at in (0, 50)]) for one in (exact, llm)
+            )
+        measured = float((np.exp(p) * (p - q)).sum(1).mean())
+        assert f"KL {measured:.5f}"[:9] == lines[-1][:9]
+        assert measured <= most
+    assert bits("3.0") < bits("0.3")
+    with pytest.raises(ParameterError, match=r"max_kl is 1e-09: with the kept matrices, 0\.\d+ is the least"):
+        quantize.quantize(model, tmp_path / "c", max_kl=1e-9, calibration=ids, window=50, windows=2)
+    with pytest.raises(ParameterError, match=r"target_bpw is 3: \d+\.\d+ is the least that there is"):
+        quantize.quantize(model, tmp_path / "c", target_bpw=3, calibration=ids, window=50)
+
+
 MISTAKES: list[tuple[str, type[PronghornError], str]] = [
     ("--format int5", ParameterError, "the format is int5: expected one of int8, int8-g32, "),
     ("--keep head", ParameterError, "--keep head: expected WHICH=FORMAT"),
@@ -356,6 +428,11 @@ MISTAKES: list[tuple[str, type[PronghornError], str]] = [
     ("--window 1", ParameterError, "window is 1: expected at least 2"),
     ("--block 0", ParameterError, "block is 0"),
     ("--sweeps -1", ParameterError, "sweeps is -1"),
+    ("--target-bpw 5", ParameterError, "target_bpw and max_kl are reached by measuring on a text"),
+    ("--target-bpw 0 --calibrate {short}", ParameterError, "target_bpw is 0: expected a number above 0"),
+    ("--max-kl nan --calibrate {short}", ParameterError, "max_kl is nan: expected"),
+    ("--max-kl 1 --format int8", ParameterError, "format, target_bpw and max_kl exclude each other"),
+    ("--max-kl 1 --window 2 --calibrate {short}", PromptError, "has 3 tokens: 3 windows have 6"),
     ("--calibrate {short}", PromptError, "the text to calibrate with has 3 tokens: a window has 512"),
     ("--calibrate {short} --window 101", ParameterError, "the model's context holds 100 tokens"),
     ("--calibrate {missing}", PromptError, "No such file"),

@@ -27,6 +27,7 @@ FLOORS = [
     ("generation",),
     ("llm",),
     ("async_llm", "batch", "bench", "convert", "evaluate"),
+    ("mixing",),
     ("quantize",),
     ("cli",),
 ]

@@ -240,7 +240,11 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
     add.add_argument("destination", metavar="DST", help="a folder")
     text = "int8, int8-gN, int4-gN or int4-gN-sym, in groups of N = 32, 64 or 128 inputs (default: int4-g64)"
-    add.add_argument("--format", default="int4-g64", help=text)
+    add.add_argument("--format", help=text)
+    add.add_argument("--target-bpw", type=float, metavar="X", help="instead: mixed formats, X bits a weight at most")
+    add.add_argument(
+        "--max-kl", type=float, metavar="X", help="instead: mixed formats, this far from SRC at most, in nats"
+    )
     text = "another format for head, embeddings, first or last (block), or a pattern such as '*.v_proj.weight'"
     add.add_argument("--keep", type=utf8, action="append", default=[], metavar="WHICH=FORMAT", help=text)
     text = "a text, or token ids in a .npy file, for GPTQ (default: none, and rounding to the nearest)"

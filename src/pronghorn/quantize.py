@@ -2,11 +2,10 @@
 
 Without a text, each weight is rounded to the nearest (weights.gptq.nearest). With one, the model runs over windows of
 it, all at once: when a linear layer's turn comes, its inputs have passed the quantized layers before it, rounded to 8
-bits as the kernels will, and GPTQ rounds its weights for these inputs. Beside them run the weights as they were, and
-what the quantized ones have lost of a layer's outputs is a part of what that layer is fitted to. A head that is the
-embedding is quantized first, for the inputs that it has without quantization.
+bits as the kernels will, and GPTQ rounds its weights for these inputs. A head that is the embedding is quantized first,
+for the inputs that it has without quantization.
 
-Memory is bounded by one layer, and by the activations: some 32 bytes for each token and each value of the widest.
+Memory is bounded by one layer, and by the activations: some 16 bytes for each token and each value of the widest.
 """
 
 # NumPy's stubs type most arithmetic as Any.
@@ -18,22 +17,23 @@ import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pronghorn.convert import FOLDER, Arranged, arrange, full_name, open_for, save_folder
 from pronghorn.errors import CheckpointError, ParameterError, PromptError
+from pronghorn.mixing import LADDER, Meter, costs_of, mix, units_of
 from pronghorn.models import Model, model_of
 from pronghorn.ops import Attention
 from pronghorn.ops.reference import ReferenceOps, activate, rotate, to_int8
 from pronghorn.text import open_tokenizer
-from pronghorn.weights import open_source
+from pronghorn.weights import open_checkpoint, open_source
 from pronghorn.weights.files import fail, shown
-from pronghorn.weights.gptq import Options, corrected, gptq, nearest
+from pronghorn.weights.gptq import Options, gptq, nearest
 from pronghorn.weights.packing import Array, Floats, pack
-from pronghorn.weights.quantize import FORMATS, packed_bytes
+from pronghorn.weights.quantize import FORMATS, Target, packed_bytes, prepare
 from pronghorn.weights.types import Module
 from pronghorn.weights.writing import Part, safetensors_file
 
@@ -41,15 +41,18 @@ if TYPE_CHECKING:
     import argparse
 
 DENSE = ("f32", "f16", "bf16")
-METHODS = ("auto", "nearest", "gptq")
+MEASURED = 2  # windows that a budget is measured on
+TRIES = 3  # at a budget of KL
 ROWS = 4096  # of activations that are taken at a time
 
 
 def quantize(
     source: str | Path,
     destination: str | Path,
-    format: str = "int4-g64",
+    format: str | None = None,
     *,
+    target_bpw: float | None = None,
+    max_kl: float | None = None,
     keep: Sequence[tuple[str, str]] = (),
     calibration: Sequence[int] | None = None,
     windows: int = 64,
@@ -59,20 +62,37 @@ def quantize(
 ) -> list[str]:
     """Writes the model, its matrices in `format`, into a folder in Hugging Face's layout -> remarks, a line each.
 
-    `format` is one of weights.quantize.FORMATS; `keep` names what has another, (which, format), the later the stronger
-    (see `choose`). `calibration`: token ids, of which `windows` windows are used, for GPTQ; None rounds to the nearest.
+    `format` is one of weights.quantize.FORMATS (default: int4-g64); `keep` names what has another, (which, format), the
+    later the stronger (see `choose`). `calibration`: token ids, of which `windows` windows are used, for GPTQ; None
+    rounds to the nearest. Instead of a format, `target_bpw` (bits a weight at most, of all matrices) or `max_kl` (KL
+    divergence from the source at most, in nats) has it chosen for each part of a block, as pronghorn.mixing says; the
+    first MEASURED windows are for that, and not for GPTQ.
     Raises ParameterError for options that do not fit, CheckpointError for what is wrong in the source.
     """
     path, options = Path(destination), options or Options()
+    budget = target_bpw if max_kl is None else max_kl
+    if [format, target_bpw, max_kl].count(None) < 2:
+        raise ParameterError("format, target_bpw and max_kl exclude each other: give one")
+    if budget is not None and not 0 < budget < math.inf:
+        raise ParameterError(f"{'target_bpw' if max_kl is None else 'max_kl'} is {budget:g}: expected a number above 0")
+    if budget is not None and calibration is None:
+        raise ParameterError("target_bpw and max_kl are reached by measuring on a text: give one to calibrate with")
+    format = format or "int4-g64"
     check(options, format, keep, windows, window)
     checkpoint = open_for(source, path, folder=True, force=force)
     old, tensors = model_of(checkpoint)
     formats = choose(old, format, keep)
-    tokens = None if calibration is None else cut(calibration, windows, window, old)
+    tokens = None
+    if calibration is not None:
+        tokens = cut(calibration, windows + (MEASURED if budget else 0), window, old, 1 + (MEASURED if budget else 0))
+    budgeted = None
+    if budget is not None and tokens is not None:
+        budgeted = Budget(Meter(checkpoint, old, tensors, tokens[:MEASURED]), keep, target_bpw, max_kl)
+        tokens = tokens[MEASURED:]
     arranged = arrange(old, tensors, FOLDER, "f32", "auto")
-    remarks = []
+    remarks: list[str] = []
 
-    def write(file: Path, model: Model) -> None:
+    def write_once(file: Path, model: Model, formats: Mapping[str, str]) -> None:
         work = Work(model, arranged, formats, options)
         with safetensors_file(file, list(work.parts.values())) as work.put:
             work.dense()
@@ -83,7 +103,21 @@ def quantize(
         how = "rounded to the nearest (no text to calibrate with)"
         if tokens is not None:
             how = f"by GPTQ, for {len(tokens)} windows of {tokens.shape[1]} tokens"
-        remarks.append(f"{work.bits():.3f} bits a weight, {how}")
+        remarks[:] = [f"{work.bits():.3f} bits a weight, {how}"]
+
+    def write(file: Path, model: Model) -> None:
+        if budgeted is None:
+            return write_once(file, model, formats)
+        for _ in range(TRIES):
+            write_once(file, model, budgeted.formats())
+            if budgeted.met(file, model):
+                remarks.append(
+                    f"KL {budgeted.kl:.5f} from the source, on {MEASURED} windows that were not calibrated with"
+                )
+                return None
+        raise ParameterError(
+            f"max_kl is {max_kl:g}: with the kept matrices, {budgeted.kl:.5f} is the least that was reached"
+        )
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +125,50 @@ def quantize(
         return save_folder(checkpoint, old, path, others.pop() if len(others) == 1 else "f32", write) + remarks
     except OSError as error:
         fail(error.filename or path, error.strerror or str(error))
+
+
+class Budget:
+    """What mix of formats a budget allows, by measured costs."""
+
+    def __init__(
+        self, meter: Meter, keep: Sequence[tuple[str, str]], target_bpw: float | None, max_kl: float | None
+    ) -> None:
+        from tqdm import tqdm
+
+        self.meter, self.max_kl, self.kl = meter, max_kl, math.inf
+        self.chosen = choose(meter.model, "", keep)  # "" is for the budget to say
+        self.units = units_of([name for name, format in self.chosen.items() if not format])
+        with tqdm(total=len(self.units) * len(LADDER), desc="measuring", disable=None) as bar:
+            self.costs = costs_of(meter, [name for members in self.units.values() for name in members], bar)
+        shapes = {name: meter.parameters[name] for name in self.chosen}
+        self.sizes = {
+            unit: {format: sum(packed_bytes(shapes[name], FORMATS[format]) for name in members) for format in LADDER}
+            for unit, members in self.units.items()
+        }
+        self.most, self.room = max_kl or 0.0, math.inf
+        if target_bpw is not None:
+            kept = {name: FORMATS.get(format) or Target(format) for name, format in self.chosen.items() if format}
+            taken = sum(packed_bytes(shapes[name], target) for name, target in kept.items())
+            least = taken + sum(min(row.values()) for row in self.sizes.values())
+            n = sum(math.prod(parameter.shape) for parameter in shapes.values())
+            if 8 * least > target_bpw * n:
+                raise ParameterError(f"target_bpw is {target_bpw:g}: {8 * least / n:.3f} is the least that there is")
+            self.room = target_bpw * n / 8 - taken
+
+    def formats(self) -> dict[str, str]:
+        """The format of each matrix."""
+        mixed = mix(self.costs, self.sizes, self.room, self.most)
+        return self.chosen | {name: mixed[unit] for unit, members in self.units.items() for name in members}
+
+    def met(self, file: Path, model: Model) -> bool:
+        """Measures what was written; if it is too far from the source, the next mix has more bits."""
+        checkpoint = open_checkpoint(file.parent)
+        weights = prepare(checkpoint, model.parameters(), model.resolve(checkpoint.tensors), "auto")
+        self.kl = self.meter.kl(model, weights)
+        if self.max_kl is None or self.kl <= self.max_kl:
+            return True
+        self.most *= 0.9 * self.max_kl / self.kl
+        return False
 
 
 def check(options: Options, format: str, keep: Sequence[tuple[str, str]], windows: int, window: int) -> None:
@@ -134,13 +212,14 @@ def matrices(model: Model) -> list[str]:
     return [name for name, parameter in model.parameters().items() if parameter.kind == "matrix"]
 
 
-def cut(token_ids: Sequence[int], windows: int, window: int, model: Model) -> NDArray[np.int64]:
+def cut(token_ids: Sequence[int], windows: int, window: int, model: Model, least: int = 1) -> NDArray[np.int64]:
     """Windows of tokens, [windows, window], from the beginning; a rest is left out."""
     if window > model.config.context:
         raise ParameterError(f"window is {window}: the model's context holds {model.config.context} tokens")
     n = min(windows, len(token_ids) // window)
-    if not n:
-        raise PromptError(f"the text to calibrate with has {len(token_ids)} tokens: a window has {window}")
+    if n < least:
+        needed = f"{least} windows have {least * window}" if least > 1 else f"a window has {window}"
+        raise PromptError(f"the text to calibrate with has {len(token_ids)} tokens: {needed}")
     ids = np.array(token_ids[: n * window], np.int64)
     if ids.max() >= model.config.vocab_size or ids.min() < 0:
         raise PromptError(f"token id {ids.max()} is outside of the vocabulary (0 to {model.config.vocab_size - 1})")
@@ -191,7 +270,7 @@ class Work:
             head = None
             if tied:
                 exact = Calibration(self, tokens, bar, quantizes=False)
-                head = exact.moments(self.model.forward(exact, handles), self.formats[self.model.EMBEDDING])
+                _, head = exact.inputs(self.model.forward(exact, handles), self.formats[self.model.EMBEDDING])
             self.model.forward(Calibration(self, tokens, bar, quantizes=True, head=head), handles)
 
     def load(self, name: str) -> Floats:
@@ -223,79 +302,56 @@ class Work:
         return tqdm(total=total, desc="quantizing", unit="w", unit_scale=True, disable=None)
 
 
-class Moments(NamedTuple):
-    """What a linear layer's inputs have been: of X, and of E, what X would be without quantization."""
-
-    seen: Floats  # X [tokens, n_in], rounded as the kernels do
-    hessian: Array  # X^T X
-    lost: Array | None  # (E - X)^T X
-
-
 class Calibration(ReferenceOps):
-    """The operations in float32, for windows of the same length; nothing is read from a cache.
+    """The operations in float32, for windows of the same length; nothing is read from a cache. Weights are their names.
 
-    Activations are [tokens, width]; with `quantizes` they are [2 * tokens, width], the first half as the weights were,
-    the second with all rounded that came before. Weights are their names.
+    Activations are [windows * window, width]. With `quantizes`, a matrix is rounded when its turn comes, and its inputs
+    are rounded to 8 bits, as the kernels do; `head` is the Hessian of a head that is the embedding.
     """
 
     def __init__(
-        self, work: Work, tokens: NDArray[np.int64], bar: Any, *, quantizes: bool, head: Moments | None = None
+        self, work: Work, tokens: NDArray[np.int64], bar: Any, *, quantizes: bool, head: Array | None = None
     ) -> None:
         self.work, self.tokens, self.bar, self.quantizes, self.head = work, tokens, bar, quantizes, head
-        self.at = np.tile(np.arange(tokens.shape[1]), len(tokens) * (1 + quantizes))
+        self.at = np.tile(np.arange(tokens.shape[1]), len(tokens))
         self.runner: Any = self
-        self.last: tuple[Any, dict[int | None, Moments]] = (None, {})
+        self.last: tuple[Any, dict[int | None, tuple[Floats, Array]]] = (None, {})
 
     def array(self, name: Any) -> Any:
         """What ReferenceOps asks its runner for."""
         return self.work.load(name)
 
     def embed(self, table: Any) -> Any:
-        w, ids = self.work.load(table), self.tokens.reshape(-1)
-        if not self.quantizes:
-            return w[ids]
-        rounded = self.work.settle(table, w, self.bar, self.head.hessian if self.head else None)
-        return np.concatenate([w[ids], rounded[ids]])
+        w = self.work.load(table)
+        return (self.work.settle(table, w, self.bar, self.head) if self.quantizes else w)[self.tokens.reshape(-1)]
 
     def linear(self, x: Any, module: Module, activation: str | None = None, residual: Any = None) -> Any:
-        name, n = module.weight, self.tokens.size
+        name = module.weight
         w = self.work.load(name)
-        y: Any = np.empty((len(x), len(w)), np.float32)
-        np.matmul(x[:n], w.T, out=y[:n])
         if self.quantizes:
-            seen, hessian, lost = self.moments(x, self.work.formats[name])
-            if name in self.work.packed:
-                assert lost is not None
-                missing = w @ lost
-                if residual is not None:
-                    missing += (residual[:n] - residual[n:]).T @ seen
-                w = self.work.settle(name, corrected(w, missing, hessian, self.work.options.damp), self.bar, hessian)
-            np.matmul(seen, w.T, out=y[n:])
-        if name not in self.work.packed or not self.quantizes:
+            x, hessian = self.inputs(x, self.work.formats[name])
+            w = self.work.settle(name, w, self.bar, hessian)
+        else:
             self.bar.update(w.size)
+        y: Any = x @ w.T
         if module.get("bias") is not None:
             y += self.work.load(module.bias)
         if activation is not None:
             y = activate(y, activation)
         return y if residual is None else np.add(y, residual, out=y)
 
-    def moments(self, x: Any, format: str) -> Moments:
-        """Those of x for weights of this format; worked out once for several layers that read the same."""
+    def inputs(self, x: Any, format: str) -> tuple[Floats, Array]:
+        """X as weights of this format see it, and its Hessian X^T X; once for several layers that read the same."""
         group = FORMATS[format].group if format in FORMATS else None
         if self.last[0] is not x:
             self.last = (x, {})
         if group not in self.last[1]:
-            n = self.tokens.size
-            exact, seen = x[:n], x[-n:] if group is None else np.empty_like(x[:n])
-            hessian = np.zeros((x.shape[1],) * 2)
-            lost = np.zeros_like(hessian) if self.quantizes else None
-            for rows in (slice(start, start + ROWS) for start in range(0, n, ROWS)):
+            seen, hessian = x if group is None else np.empty_like(x), np.zeros((x.shape[1],) * 2)
+            for rows in (slice(start, start + ROWS) for start in range(0, len(x), ROWS)):
                 if group is not None:
-                    seen[rows] = to_int8(x[-n:][rows], group)
+                    seen[rows] = to_int8(x[rows], group)
                 hessian += seen[rows].T @ seen[rows]
-                if lost is not None:
-                    lost += (exact[rows] - seen[rows]).T @ seen[rows]
-            self.last[1][group] = Moments(seen, hessian, lost)
+            self.last[1][group] = seen, hessian
         return self.last[1][group]
 
     def attention(self, q: Any, k: Any, v: Any, spec: Attention) -> Any:
@@ -321,11 +377,9 @@ class Calibration(ReferenceOps):
 
     def logits(self, x: Any, module: Module) -> Any:
         """The head's inputs: its outputs are of no use here. One that is the embedding has been settled before."""
-        name = module.weight
-        if self.quantizes and name in self.work.packed and not self.work.model.config.tied:
-            w, (_, hessian, lost) = self.work.load(name), self.moments(x, self.work.formats[name])
-            assert lost is not None
-            self.work.settle(name, corrected(w, w @ lost, hessian, self.work.options.damp), self.bar, hessian)
+        if self.quantizes and not self.work.model.config.tied:
+            name = module.weight
+            self.work.settle(name, self.work.load(name), self.bar, self.inputs(x, self.work.formats[name])[1])
         return x
 
 
@@ -340,8 +394,8 @@ def run(args: argparse.Namespace) -> list[str]:
     token_ids = None if args.calibrate is None else tokens_of(args.source, args.calibrate)
     options = Options(args.damp, args.block, args.act_order, args.sweeps)
     return quantize(
-        args.source, args.destination, args.format, keep=keep, calibration=token_ids, windows=args.windows,
-        window=args.window, options=options, force=args.force,
+        args.source, args.destination, args.format, target_bpw=args.target_bpw, max_kl=args.max_kl, keep=keep,
+        calibration=token_ids, windows=args.windows, window=args.window, options=options, force=args.force,
     )  # fmt: skip
 
 

@@ -113,14 +113,6 @@ def gptq(w: Floats, hessian: Array, target: Target, options: Options | None = No
     return by_rows(w, rows)
 
 
-def corrected(w: Floats, missing: Array, hessian: Array, damp: float) -> Floats:
-    """`w` changed by what least squares make of missing outputs: the nearest to W X + M on the inputs.
-
-    missing [n_out, n_in]: M X^T, of outputs M and inputs X.
-    """
-    return w + np.linalg.solve(damped(hessian, damp), missing.T).T.astype(np.float32)
-
-
 def damped(hessian: Array, damp: float) -> Array:
     """With a larger diagonal, so that it can be factored, and that no weight is free."""
     h = hessian.copy()
