@@ -95,7 +95,7 @@ def safetensors_file(path: Path, parts: Iterable[Part]) -> Iterator[Callable[[Pa
 
         def put(part: Part, data: memoryview) -> None:
             file.seek(8 + len(text) + header[part.name]["data_offsets"][0])
-            _write(file, _checked(path, part, data))
+            _write(file, _bytes_of(path, part, data))
 
         _write(file, struct.pack("<Q", len(text)) + text)
         yield put
@@ -123,11 +123,11 @@ def write_gguf(path: Path, keys: Mapping[str, Any], parts: list[Part], progress:
     with replacing(path, len(out) + end) as file:
         _write(file, out)
         for part in progress(parts):
-            _write(file, _checked(path, part, part.make()))
+            _write(file, _bytes_of(path, part, part.make()))
             _write(file, bytes(-part.nbytes % GGUF_ALIGNMENT))
 
 
-def _checked(path: Path, part: Part, data: memoryview) -> memoryview:
+def _bytes_of(path: Path, part: Part, data: memoryview) -> memoryview:
     if data.nbytes != part.nbytes:
         fail(path, f"tensor {part.name}: {data.nbytes} bytes where its shape asks for {part.nbytes}")
     return data
