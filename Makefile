@@ -11,6 +11,7 @@ SOURCES := $(shell find src native -type f ! -name '*.pyc' ! -name '*.so') CMake
 WERROR := $(if $(CI),ON,OFF)
 # Where there are no tiles, the amx kernels are tested on emulated ones.
 EMULATE_AMX := $(shell grep -qs amx_int8 /proc/cpuinfo && echo OFF || echo ON)
+PROCESSORS := $(shell nproc)
 NATIVE_TESTS := -G Ninja -DPRONGHORN_MODULE=OFF -DPRONGHORN_TESTS=ON -DPRONGHORN_WERROR=$(WERROR)
 PROMPT := Write two sentences about the sea.
 
@@ -52,9 +53,9 @@ sanitize: .venv/base  ## the native tests under the address, undefined-behaviour
 	@$(CMAKE) --build build/asan
 	@$(CMAKE) -S . -B build/tsan $(NATIVE_TESTS) -DPRONGHORN_EMULATE_AMX=ON -DPRONGHORN_SANITIZE=thread > build/tsan.log || (cat build/tsan.log; exit 1)
 	@$(CMAKE) --build build/tsan
-	build/asan/native_tests
+	build/asan/native_tests --processes $(PROCESSORS)
 	@# The thread sanitizer's map of memory does not suit every kernel's randomization of addresses.
-	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/tsan/native_tests pool program pack
+	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/tsan/native_tests --processes $(PROCESSORS) pool program pack
 
 bench-guard: .venv/package native  ## instructions of the kernels against bench/instructions.json
 	$(BIN)/python bench/guard.py --program build/native/guard --objects "$$(ls -td build/cp*/ | head -1)" $(ARGS)
@@ -65,7 +66,7 @@ aarch64: .venv/base  ## cross-compile, and run the native tests for aarch64 unde
 	    echo "make aarch64: skipped, $$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 0; }; done; \
 	set -e; $(CMAKE) -S . -B build/aarch64 $(NATIVE_TESTS) -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake > build/aarch64.log || (cat build/aarch64.log; exit 1); \
 	$(CMAKE) --build build/aarch64; \
-	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/native_tests
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/native_tests --processes $(PROCESSORS)
 
 wheel: .venv/wheel native  ## build an sdist and a manylinux wheel, and run the suite against the wheel
 	rm -rf build/dist build/wheel && mkdir build/dist

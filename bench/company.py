@@ -17,7 +17,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -134,34 +134,24 @@ def beside_prompts(args: argparse.Namespace) -> None:
 
 def python_share(args: argparse.Namespace) -> None:
     """`share`: of the time of a step, what is spent neither in the native program nor in choosing tokens."""
-    from pronghorn.engine import engine as module
-
     with LLM(args.model, dtype=args.dtype) as llm:
         engine = llm._engine
         assert engine
-        original, inside = engine.runner.run, [0.0]
+        spent = {"run": 0.0, "choose": 0.0}
 
-        def run(batch: Any) -> memoryview:
-            started = time.perf_counter()
-            logits = original(batch)
-            inside[0] += time.perf_counter() - started
-            return logits
+        def timed(name: str) -> Callable[..., Any]:
+            original = getattr(engine.runner, name)
 
-        class Chooser:
-            """A sampler whose time is taken."""
-
-            def __init__(self, *options: Any) -> None:
-                self.native = sampler(*options)
-
-            def choose(self, *values: Any) -> int:
+            def call(*values: Any) -> Any:
                 started = time.perf_counter()
-                token_id = self.native.choose(*values)
-                choosing[0] += time.perf_counter() - started
-                return token_id
+                result = original(*values)
+                spent[name] += time.perf_counter() - started
+                return result
 
-        choosing = [0.0]
-        sampler, module.sampler = module.sampler, Chooser  # type: ignore[assignment]
-        engine.runner.run = run  # type: ignore[method-assign]
+            return call
+
+        for name in spent:
+            setattr(engine.runner, name, timed(name))
         for sampled in (False, True):
             params = SamplingParams(
                 max_tokens=None, ignore_eos=True, temperature=0.8 if sampled else 0.0, top_p=0.95, seed=1
@@ -173,14 +163,15 @@ def python_share(args: argparse.Namespace) -> None:
                 llm.take_step()
             shares, choices, speeds = [], [], []
             for _ in range(args.rounds):
-                inside[0], choosing[0], started = 0.0, 0.0, time.perf_counter()
+                spent.update(run=0.0, choose=0.0)
+                started = time.perf_counter()
                 for _ in range(20):
                     llm.take_step()
                     for job in jobs:
                         job.advance()
                 seconds = time.perf_counter() - started
-                shares.append(1 - (inside[0] + choosing[0]) / seconds)
-                choices.append(choosing[0] / seconds)
+                shares.append(1 - sum(spent.values()) / seconds)
+                choices.append(spent["choose"] / seconds)
                 speeds.append(20 * args.streams / seconds)
             for job in jobs:
                 llm.cancel(job)

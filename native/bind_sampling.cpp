@@ -1,16 +1,23 @@
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <memory>
 #include <optional>
+#include <variant>
 
 #include "bindings.h"
 #include "sampling.h"
+#include "threads.h"
 
 namespace pronghorn {
 
 namespace {
 
-// The interpreter lock is kept: a request's choice takes less time than it would take the engine's thread to get the
+// The interpreter lock is kept: a step's choices take less time than it would take the engine's thread to get the
 // lock back from busy ones (measured: bench/company.py).
 
 // One row of a buffer of float32 [rows, vocabulary].
@@ -20,19 +27,65 @@ const float* row_of(const Bytes& logits, i64 row, i64 vocabulary) {
   return logits.data<const float>() + row * vocabulary;
 }
 
+// A token to choose, and what that needs of Python's objects.
+struct Choice {
+  Choice(const Sampling& sampling, const float* logits, i64 vocabulary, nb::handle history, i64 n_prompt,
+         nb::handle mask)
+      : sampling(sampling), logits(logits), vocabulary(vocabulary), n_prompt(n_prompt), ids(history) {
+    if (!mask.is_none()) bits.emplace(mask);
+    if (bits && bits->size<std::uint32_t>() < 1) throw std::out_of_range("the mask is empty");
+  }
+  i64 make() const {
+    const Allowed allowed = bits ? Allowed{bits->data<const std::uint32_t>(), bits->size<std::uint32_t>()} : Allowed{};
+    return choose(sampling, logits, vocabulary, {ids.data<const std::int32_t>(), n_prompt, ids.size<std::int32_t>()},
+                  allowed);
+  }
+  const Sampling& sampling;
+  const float* logits;
+  i64 vocabulary, n_prompt;
+  Bytes ids;
+  std::optional<Bytes> bits;
+};
+
 i64 choose_row(const Sampling& sampling, nb::handle logits, i64 row, i64 vocabulary, nb::handle history, i64 n_prompt,
                nb::handle mask) {
-  const Bytes values(logits), ids(history);
-  std::optional<Bytes> bits;
-  if (!mask.is_none()) bits.emplace(mask);
-  if (bits && bits->size<std::uint32_t>() < 1) throw std::out_of_range("the mask is empty");
-  const Allowed allowed = bits ? Allowed{bits->data<const std::uint32_t>(), bits->size<std::uint32_t>()} : Allowed{};
-  const float* x = row_of(values, row, vocabulary);
-  return choose(sampling, x, vocabulary, {ids.data<const std::int32_t>(), n_prompt, ids.size<std::int32_t>()}, allowed);
+  const Bytes values(logits);
+  return Choice(sampling, row_of(values, row, vocabulary), vocabulary, history, n_prompt, mask).make();
 }
 
-std::vector<std::pair<i64, double>> log_probabilities_of_row(nb::handle logits, i64 row, i64 vocabulary, i64 chosen,
-                                                             i64 n_top) {
+using Logprobs = std::vector<std::pair<i64, double>>;
+using Chosen = std::variant<std::pair<i64, Logprobs>, std::string>;
+
+std::vector<Chosen> choose_rows(nb::handle logits, i64 vocabulary, nb::sequence wanted, Pool* pool) {
+  const Bytes values(logits);
+  std::vector<std::unique_ptr<Choice>> choices;
+  std::vector<std::optional<i64>> n_top;
+  for (nb::handle item : wanted) {
+    const nb::object sampler = item[0];
+    const float* row = row_of(values, nb::cast<i64>(item[1]), vocabulary);
+    choices.push_back(std::make_unique<Choice>(nb::cast<const Sampling&>(sampler), row, vocabulary, item[2],
+                                               nb::cast<i64>(item[3]), item[4]));
+    n_top.push_back(nb::cast<std::optional<i64>>(item[5]));
+  }
+  std::vector<Chosen> chosen(choices.size());
+  std::atomic<std::size_t> next{0};  // rows differ in what they cost: who is free takes one
+  auto work = [&](int) {
+    for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < choices.size();) try {
+        const i64 id = choices[i]->make();
+        chosen[i] =
+            std::pair(id, n_top[i] ? log_probabilities(choices[i]->logits, vocabulary, id, *n_top[i]) : Logprobs{});
+      } catch (const std::exception& error) {
+        chosen[i] = std::string(error.what());
+      }
+  };
+  if (pool && choices.size() > 1)
+    pool->run(work);
+  else
+    work(0);
+  return chosen;
+}
+
+Logprobs log_probabilities_of_row(nb::handle logits, i64 row, i64 vocabulary, i64 chosen, i64 n_top) {
   const Bytes values(logits);
   const float* x = row_of(values, row, vocabulary);
   return log_probabilities(x, vocabulary, chosen, n_top);
@@ -65,6 +118,8 @@ void bind_sampling(nb::module_& m) {
           nb::arg("logit_bias"), nb::arg("withheld"), nb::arg("min_tokens"))
       .def("choose", &choose_row, nb::arg("logits"), nb::arg("row"), nb::arg("vocabulary"), nb::arg("history"),
            nb::arg("n_prompt"), nb::arg("allowed").none() = nb::none());
+  m.def("choose_rows", &choose_rows, nb::arg("logits"), nb::arg("vocabulary"), nb::arg("wanted"),
+        nb::arg("pool").none() = nb::none());
   m.def("log_probabilities", &log_probabilities_of_row, nb::arg("logits"), nb::arg("row"), nb::arg("vocabulary"),
         nb::arg("chosen"), nb::arg("n_top"));
   m.def(

@@ -1524,16 +1524,25 @@ void merge(const Attend& a, const Piece* pieces, i64 n_pieces, float* y, i64 y_s
 
 // ---- sampling ----------------------------------------------------------------------------------------------------
 
-i64 arg_max(const float* x, i64 n) {
-  if (n <= 0) return -1;
-  F largest = set(-__builtin_inff());
+float largest(const float* x, i64 n) {
+  F found = set(-__builtin_inff());
   for (i64 i = 0; i < n; i += kLanes) {
     const i64 lanes = smaller(kLanes, n - i);
     const F v = load_first(x + i, lanes);
-    largest = max(lanes == kLanes ? v : keep_range(v, 0, lanes, -__builtin_inff()), largest);
+    found = max(lanes == kLanes ? v : keep_range(v, 0, lanes, -__builtin_inff()), found);
   }
-  const float top = lanes_max(largest);
-  for (i64 i = 0; i < n; i++)
+  return lanes_max(found);
+}
+
+i64 arg_max(const float* x, i64 n) {
+  constexpr i64 kChunk = 256;
+  float top = -__builtin_inff();
+  i64 begin = 0, end = n;
+  for (i64 chunk = 0; chunk < n; chunk += kChunk) {
+    const float found = largest(x + chunk, smaller(kChunk, n - chunk));
+    if (found > top) top = found, begin = chunk, end = smaller(chunk + kChunk, n);
+  }
+  for (i64 i = begin; i < end; i++)
     if (x[i] == top) return i;
   return -1;  // nothing but NaN
 }
@@ -1550,6 +1559,31 @@ double sum_exp(const float* x, i64 n, float shift, float scale) {
     total += double(lanes_sum(sum));
   }
   return total;
+}
+
+// In lanes of integers, which the compiler finds by itself.
+void noise(std::uint64_t key, u32 position, u32 first, u32* words, u32* most) {
+  constexpr int n = kNoiseCounters;
+  u32 c0[n], c1[n], c2[n], c3[n];
+  for (int i = 0; i < n; i++) c0[i] = first + u32(i), c1[i] = position, c2[i] = c3[i] = 0;
+  u32 k0 = u32(key), k1 = u32(key >> 32);
+  for (int round = 0; round < 10; round++) {
+    for (int i = 0; i < n; i++) {
+      const std::uint64_t p0 = std::uint64_t{kPhiloxFactors[0]} * c0[i], p1 = std::uint64_t{kPhiloxFactors[1]} * c2[i];
+      c0[i] = u32(p1 >> 32) ^ c1[i] ^ k0;
+      c2[i] = u32(p0 >> 32) ^ c3[i] ^ k1;
+      c1[i] = u32(p1);
+      c3[i] = u32(p0);
+    }
+    k0 += kPhiloxKeys[0], k1 += kPhiloxKeys[1];
+  }
+  for (int l = 0; l < kNoiseLanes; l++) most[l] = 0;
+  const u32* const rows[4] = {c0, c1, c2, c3};
+  for (int j = 0; j < 4; j++) {
+    for (int i = 0; i < n; i++) words[j * n + i] = rows[j][i];
+    for (int i = 0; i < n; i += kNoiseLanes)
+      for (int l = 0; l < kNoiseLanes; l++) most[l] = most[l] > rows[j][i + l] ? most[l] : rows[j][i + l];
+  }
 }
 
 std::uint64_t read(const void* p, i64 size) {
@@ -1588,8 +1622,10 @@ const Kernels table = {
     store_kv,
     attend,
     merge,
+    largest,
     arg_max,
     sum_exp,
+    noise,
     read,
 };
 

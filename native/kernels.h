@@ -161,6 +161,10 @@ static constexpr Blocks blocks_of(i64 position, i64 window) {
 // A thread's own memory for unpacked weights and the like; kScratch bytes, 64-byte aligned.
 constexpr i64 kScratch = 4 << 20;
 
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): its factors, and its key's steps.
+constexpr std::uint32_t kPhiloxFactors[2] = {0xD2511F53, 0xCD9E8D57}, kPhiloxKeys[2] = {0x9E3779B9, 0xBB67AE85};
+constexpr int kNoiseCounters = 64, kNoiseLanes = 16;  // see Kernels::noise
+
 struct Kernels {
   const char* isa;
 
@@ -193,9 +197,15 @@ struct Kernels {
   // y of rows [begin, end): what attend has left, with what stands in partials, over the sums.
   void (*merge)(const Attend&, const Piece* partials, i64 n_partials, float* y, i64 y_stride, i64 begin, i64 end);
 
-  // For sampling: the largest value (ties: the lowest index), and the sum of exp(x - shift) in chunks fixed by n.
+  // For sampling: the largest value (NaN is none; -inf if there is no other), its first index (-1 if there is none), and
+  // the sum of exp(scale * (x - shift)) in chunks fixed by n.
+  float (*largest)(const float* x, i64 n);
   i64 (*arg_max)(const float* x, i64 n);
   double (*sum_exp)(const float* x, i64 n, float shift, float scale);
+  // kNoiseCounters blocks of Philox4x32-10 side by side: words[j][i] is word j of the counter (first + i, position, 0, 0).
+  // most[l] is the largest of the words that stand at l modulo kNoiseLanes.
+  void (*noise)(std::uint64_t key, std::uint32_t position, std::uint32_t first, std::uint32_t* words,
+                std::uint32_t* most);
 
   // Reads `size` bytes as fast as the machine can: the ceiling that decoding is measured against.
   std::uint64_t (*read)(const void* p, i64 size);

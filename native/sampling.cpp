@@ -9,30 +9,16 @@
 
 namespace pronghorn {
 
-namespace {
-
-// Philox4x32-10 of n counters side by side, [word][n]: for many, the compiler makes vectors of it.
-template <int n>
-void scramble(std::uint32_t (&c)[4][n], std::uint64_t key) {
+std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter, std::uint64_t key) {
+  auto [c0, c1, c2, c3] = counter;
   auto k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < n; ++i) {
-      const std::uint64_t p0 = std::uint64_t{0xD2511F53} * c[0][i], p1 = std::uint64_t{0xCD9E8D57} * c[2][i];
-      c[0][i] = static_cast<std::uint32_t>(p1 >> 32) ^ c[1][i] ^ k0;
-      c[2][i] = static_cast<std::uint32_t>(p0 >> 32) ^ c[3][i] ^ k1;
-      c[1][i] = static_cast<std::uint32_t>(p1);
-      c[3][i] = static_cast<std::uint32_t>(p0);
-    }
-    k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+    const std::uint64_t p0 = std::uint64_t{kPhiloxFactors[0]} * c0, p1 = std::uint64_t{kPhiloxFactors[1]} * c2;
+    c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ k0, c1 = static_cast<std::uint32_t>(p1);
+    c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ k1, c3 = static_cast<std::uint32_t>(p0);
+    k0 += kPhiloxKeys[0], k1 += kPhiloxKeys[1];
   }
-}
-
-}  // namespace
-
-std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter, std::uint64_t key) {
-  std::uint32_t c[4][1] = {{counter[0]}, {counter[1]}, {counter[2]}, {counter[3]}};
-  scramble(c, key);
-  return {c[0][0], c[1][0], c[2][0], c[3][0]};
+  return {c0, c1, c2, c3};
 }
 
 namespace {
@@ -52,19 +38,26 @@ struct Noise {
   std::uint32_t word(i64 id) const {
     return philox({static_cast<std::uint32_t>(id / 4), position, 0, 0}, seed)[static_cast<std::size_t>(id % 4)];
   }
-  // The words of tokens [first, first + kTokens), where first is a multiple of 4.
-  static constexpr int kTokens = 256;
-  void words(i64 first, std::uint32_t* words) const {
-    std::uint32_t c[4][kTokens / 4];
-    for (int i = 0; i < kTokens / 4; ++i)
-      c[0][i] = static_cast<std::uint32_t>(first / 4 + i), c[1][i] = position, c[2][i] = c[3][i] = 0;
-    scramble(c, seed);
-    for (int i = 0; i < kTokens / 4; ++i)
-      for (int j = 0; j < 4; ++j) words[4 * i + j] = c[j][i];
+  // Of the chunk that begins with this token; see Kernels::noise.
+  void words(i64 first, std::uint32_t* words, std::uint32_t* most) const {
+    chosen_kernels().noise(seed, position, static_cast<std::uint32_t>(first / 4), words, most);
   }
   static double value(std::uint32_t word) { return -std::log(-std::log((word + 0.5) * 0x1p-32)); }
   // value(word) is less: -log u >= 1 - u > 2^-(k+1) for a word of k leading ones.
   static double bound(std::uint32_t word) { return (std::countl_one(word) + 1) * kLn2; }
+};
+
+// A row's largest logits by chunks, most of which nobody needs to look into.
+constexpr i64 kChunk = 4 * kNoiseCounters;
+struct Chunks {
+  Chunks(const float* logits, i64 n, std::vector<float>& room) : n(n), tops(room) {
+    tops.clear();
+    for (i64 begin = 0; begin < n; begin += kChunk)
+      tops.push_back(chosen_kernels().largest(logits + begin, std::min(kChunk, n - begin)));
+  }
+  float largest(i64 begin) const { return tops[static_cast<std::size_t>(begin / kChunk)]; }
+  const i64 n;
+  std::vector<float>& tops;
 };
 
 // The beginning of the order of tokens, likeliest first and of equals the lowest id: those before token `id` if it
@@ -90,36 +83,31 @@ struct Race {
   }
   void enter(const float* logits, i64 id) { enter(id, logits[id] * scale, noise.word(id)); }
   // A range of all tokens, once the likeliest has entered. What is done for every token is done in lanes.
-  void enter_all(const float* logits, i64 n, Range range) {
-    std::uint32_t words[Noise::kTokens];
-    for (i64 begin = 0; begin < n; begin += Noise::kTokens) {
-      const i64 count = std::min<i64>(Noise::kTokens, n - begin);
-      const float top = largest_value(logits + begin, count);
+  void enter_all(const float* logits, const Chunks& chunks, Range range) {
+    std::uint32_t words[kChunk], most[kNoiseLanes];
+    for (i64 begin = 0; begin < chunks.n; begin += kChunk) {
+      const float top = chunks.largest(begin);
       // Of these, none wins but with 1 - u <= exp(top's z - best), as -log u >= 1 - u; rounding gets a margin.
       const double chance = std::exp(top * scale - best + 1e-9 + 1e-14 * std::abs(best));
       if (top < range.least || chance < 0x1p-33) continue;
-      noise.words(begin, words);
+      noise.words(begin, words, most);
       const double enough = std::max(0.0, (1 - chance) * 0x1p32 - 1);
       const auto least_word = static_cast<std::uint32_t>(enough);
-      for (i64 i = 0; i < count; ++i)
-        if (words[i] >= least_word && range.has(logits[begin + i], begin + i))
-          enter(begin + i, logits[begin + i] * scale, words[i]);
+      for (int lane = 0; lane < kNoiseLanes; ++lane) {
+        if (most[lane] < least_word) continue;
+        for (int at = lane; at < kChunk; at += kNoiseLanes) {
+          const i64 id = begin + 4 * (at % kNoiseCounters) + at / kNoiseCounters;
+          if (words[at] >= least_word && id < chunks.n && range.has(logits[id], id))
+            enter(id, logits[id] * scale, words[at]);
+        }
+      }
     }
-  }
-
- private:
-  // By way of integers of the same order: vectors of floats have no maximum that minds NaN.
-  static float largest_value(const float* x, i64 n) {
-    const auto flip = [](std::int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
-    std::int32_t largest = std::numeric_limits<std::int32_t>::min();
-    for (i64 i = 0; i < n; ++i) largest = std::max(largest, flip(std::bit_cast<std::int32_t>(x[i])));
-    return std::bit_cast<float>(flip(largest));
   }
 };
 
 // What needs a vocabulary's room; kept by each thread.
 struct Scratch {
-  std::vector<float> row;
+  std::vector<float> row, tops;
   std::vector<std::int64_t> seen;  // all zero between calls
   std::vector<std::int32_t> ids;
 };
@@ -130,26 +118,32 @@ auto larger_first(const float* logits) {
 }
 
 // The k largest in descending order; of equal logits the lowest ids.
-void largest(const float* logits, i64 n, i64 k, std::vector<std::int32_t>& ids) {
+void largest(const float* logits, const Chunks& chunks, i64 k, std::vector<std::int32_t>& ids) {
   const auto before = larger_first(logits);
   ids.clear();
-  for (i64 i = 0; i < n; ++i) {
-    if (static_cast<i64>(ids.size()) == k) {
-      if (!(logits[i] > logits[ids.front()])) continue;
-      std::pop_heap(ids.begin(), ids.end(), before);
-      ids.pop_back();
+  for (i64 begin = 0; begin < chunks.n; begin += kChunk) {
+    if (static_cast<i64>(ids.size()) == k && !(chunks.largest(begin) > logits[ids.front()])) continue;
+    for (i64 i = begin; i < std::min(begin + kChunk, chunks.n); ++i) {
+      if (static_cast<i64>(ids.size()) == k) {
+        if (!(logits[i] > logits[ids.front()])) continue;
+        std::pop_heap(ids.begin(), ids.end(), before);
+        ids.pop_back();
+      }
+      ids.push_back(static_cast<std::int32_t>(i));
+      std::push_heap(ids.begin(), ids.end(), before);  // the last of the order is in front
     }
-    ids.push_back(static_cast<std::int32_t>(i));
-    std::push_heap(ids.begin(), ids.end(), before);  // the last of the order is in front
   }
   std::sort_heap(ids.begin(), ids.end(), before);
 }
 
 // The mass of a range, where the likeliest token has 1.
-double mass_of(const float* logits, i64 n, Range range, float top, double scale) {
+double mass_of(const float* logits, const Chunks& chunks, Range range, float top, double scale) {
   double sum = 0;
-  for (i64 i = 0; i < n; ++i)
-    if (range.has(logits[i], i)) sum += std::exp((logits[i] - top) * scale);
+  for (i64 begin = 0; begin < chunks.n; begin += kChunk) {
+    if (chunks.largest(begin) < range.least) continue;
+    for (i64 i = begin; i < std::min(begin + kChunk, chunks.n); ++i)
+      if (range.has(logits[i], i)) sum += std::exp((logits[i] - top) * scale);
+  }
   return sum;
 }
 
@@ -213,13 +207,14 @@ i64 choose(const Sampling& p, const float* raw, i64 n, const History& history, c
   if (p.temperature == 0) return first;
 
   const double scale = 1 / p.temperature;
+  const Chunks chunks(logits, n, scratch.tops);
   Race race{{p.seed, static_cast<std::uint32_t>(history.n)}, scale};
   Range range{-std::numeric_limits<float>::max(), n};
   if (p.min_p > 0) range.least = std::min(top, static_cast<float>(top + p.temperature * std::log(p.min_p)));
 
   if (p.top_k > 0 && p.top_k < n) {
     std::vector<std::int32_t>& ids = scratch.ids;
-    largest(logits, n, p.top_k, ids);
+    largest(logits, chunks, p.top_k, ids);
     double mass = 0, before = 0;
     for (const std::int32_t id : ids) mass += std::exp((logits[id] - top) * scale);
     for (const std::int32_t id : ids) {
@@ -234,10 +229,10 @@ i64 choose(const Sampling& p, const float* raw, i64 n, const History& history, c
   for (;;) {
     race.restart();
     race.enter(logits, first);  // it sets a high bar for the others
-    race.enter_all(logits, n, range);
+    race.enter_all(logits, chunks, range);
     if (p.top_p >= 1 || race.winner == first) return race.winner;
     const Range before{logits[race.winner], race.winner};
-    if (mass_of(logits, n, before, top, scale) < mass) return race.winner;
+    if (mass_of(logits, chunks, before, top, scale) < mass) return race.winner;
     range = before;
   }
 }
@@ -253,7 +248,8 @@ std::vector<std::pair<i64, double>> log_probabilities(const float* logits, i64 n
   check_id(chosen, n);
   add(chosen);
   std::vector<std::int32_t> ids;
-  if (n_top > 0) largest(logits, n, n_top, ids);
+  std::vector<float> tops;
+  if (n_top > 0) largest(logits, Chunks(logits, n, tops), n_top, ids);
   for (const std::int32_t id : ids) add(id);
   return result;
 }

@@ -10,7 +10,7 @@
 
 namespace pronghorn {
 
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+// Philox4x32-10; of many counters see Kernels::noise.
 std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter, std::uint64_t key);
 
 // One request's parameters; engine/sampling.py documents and checks them.

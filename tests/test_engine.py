@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pronghorn import ParameterError, PromptError, PronghornError, SamplingParams
+from pronghorn import ParameterError, PromptError, PronghornError, SamplingParams, _native
 from pronghorn.engine.engine import Engine
 from pronghorn.engine.pace import Pace
 from pronghorn.engine.pages import ROOT, PagePool
 from pronghorn.engine.scheduler import Request, turn
-from pronghorn.ops import PAGE, Batch
+from pronghorn.ops import PAGE, Batch, Choice, Chosen
 
 VOCABULARY = 101
 
@@ -55,6 +55,10 @@ class FakeRunner:
     def copy_page(self, source: int, target: int) -> None:
         """See ops.Runner."""
         self.pages[target] = list(self.pages[source])
+
+    def choose(self, logits: memoryview, choices: Sequence[Choice]) -> list[Chosen]:
+        """See ops.Runner."""
+        return _native.choose_rows(logits, VOCABULARY, choices)
 
 
 def fake_logits(token_ids: list[int]) -> np.ndarray:

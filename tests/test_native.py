@@ -13,16 +13,13 @@ import pytest
 from pronghorn import _native
 
 
-@pytest.mark.parametrize("isa", ["any", "generic", "avx2", "avx512", "amx", "neon", "dotprod"])
-def test_kernels(isa: str) -> None:
-    """tests/native on one instruction set: every kernel against its double-precision twin."""
+def test_kernels() -> None:
+    """tests/native: every kernel of every instruction set that this machine has against its double-precision twin."""
     program = os.environ.get("PRONGHORN_NATIVE_TESTS")
     if not program:
         pytest.skip("PRONGHORN_NATIVE_TESTS is not set (`make test` builds the native tests and sets it)")
-    listed = subprocess.run([program, "--list"], capture_output=True, text=True, check=True).stdout
-    if isa not in {line.split()[0] for line in listed.splitlines()}:
-        pytest.skip(f"this machine has no {isa}")
-    done = subprocess.run([program, "--isa", isa], capture_output=True, text=True, timeout=600)
+    command = [program, "--processes", str(_native.usable_processors())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert ", 0 failed" in done.stdout
 

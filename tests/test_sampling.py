@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pronghorn import ParameterError, SamplingParams, _native
 from pronghorn.engine.sampling import fresh_seed, sampler
+from pronghorn.ops import Choice
 
 INF = float("inf")
 
@@ -218,6 +219,37 @@ def test_faults_are_errors() -> None:
         choose(np.zeros(3), params.replace(presence_penalty=1.0), [5], 0)
     with pytest.raises(IndexError):
         sampler(params, 0, []).choose(np.zeros(3, np.float32), 1, 3, array("i"), 0)
+
+
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_rows_side_by_side(threads: int | None) -> None:
+    """Rows chosen together, each as alone; one that fails names its fault and no other minds."""
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 3, (40, 1000)).astype(np.float32)
+    logits[7, 3] = np.nan
+    params = [
+        SamplingParams(
+            temperature=i % 3 * 0.7, top_k=i % 5 * 10, top_p=1 - i % 2 * 0.1, seed=i, presence_penalty=i % 7 / 7
+        )
+        for i in range(80)
+    ]
+    mask = np.full(32, 0xAAAAAAAA, np.uint32)
+    choices = [
+        Choice(
+            sampler(p, i, []), i % 40, array("i", range(i)), i // 2, mask if i % 4 == 1 else None, [None, 0, 5][i % 3]
+        )
+        for i, p in enumerate(params)
+    ]
+    chosen = _native.choose_rows(logits, 1000, choices, threads and _native.Pool(threads))
+    for (native, row, history, n_prompt, allowed, n_top), found in zip(choices, chosen, strict=True):
+        if row == 7:
+            assert found == "the model's logits are not finite"
+            continue
+        token_id = native.choose(logits, row, 1000, history, n_prompt, allowed)
+        probabilities = [] if n_top is None else _native.log_probabilities(logits, row, 1000, token_id, n_top)
+        assert found == (token_id, probabilities)
+    with pytest.raises(IndexError):
+        _native.choose_rows(logits, 1000, [choices[0]._replace(row=40)])
 
 
 def test_log_probabilities() -> None:

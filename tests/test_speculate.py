@@ -87,7 +87,7 @@ def engine_with(
     elif kind != "none":
         drafting = DraftRunner(n_pages, max_tokens, runner if kind == "shared" else None, right)
         model = ModelDraft(
-            drafting, engine.pool, shared=kind == "shared", context=draft_context, vocabulary=VOCABULARY,
+            drafting, engine.pool, shared=kind == "shared", context=draft_context,
             max_tokens=max_tokens,
         )  # fmt: skip
         engine.speculate(model, lengths=lengths)

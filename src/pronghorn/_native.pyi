@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from typing_extensions import Buffer
 
+from pronghorn.ops import Choice, Chosen
+
 PAGE: int
 """Tokens in a page of the KV cache: ops.PAGE."""
 
@@ -170,6 +172,9 @@ class Sampler:
         allowed: Buffer | None = None,
     ) -> int:
         """`allowed`: a bit for each token, in words of 32, the lowest first; tokens past its end are not allowed."""
+
+def choose_rows(logits: Buffer, vocabulary: int, wanted: Sequence[Choice], pool: Pool | None = None) -> list[Chosen]:
+    """See ops.Runner.choose."""
 
 def log_probabilities(
     logits: Buffer, row: int, vocabulary: int, chosen: int, n_top: int

@@ -539,8 +539,7 @@ class DraftModel:
 
         config = self.model.config
         return ModelDraft(
-            self.runner, pages, shared=self.shared, context=config.context, vocabulary=config.vocab_size,
-            max_tokens=STEP_TOKENS, cost=cost,
+            self.runner, pages, shared=self.shared, context=config.context, max_tokens=STEP_TOKENS, cost=cost,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@
 //
 // usage: native_tests [--isa NAME] [--list] [TEST...]
 
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -20,8 +21,10 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -30,6 +33,7 @@
 #include "gguf.h"
 #include "pack.h"
 #include "program.h"
+#include "sampling.h"
 #include "threads.h"
 #include "twin.h"
 
@@ -1249,6 +1253,25 @@ void test_arg_max(const Kernels& kernels, Report& report) {
   }
 }
 
+void test_noise(const Kernels& kernels, Report& report) {
+  Random random(43);
+  const auto word = [&] { return static_cast<std::uint32_t>(random.in(0, UINT32_MAX)); };
+  for (int trial = 0; trial < 50; ++trial) {
+    const std::uint64_t key = trial ? std::uint64_t{word()} << 32 | word() : UINT64_MAX;
+    const std::uint32_t position = word(), first = trial % 5 ? static_cast<std::uint32_t>(random.in(0, 40000)) : word();
+    std::uint32_t words[4][kNoiseCounters], most[kNoiseLanes], largest[kNoiseLanes] = {};
+    kernels.noise(key, position, first, words[0], most);
+    for (int i = 0; i < kNoiseCounters; ++i) {
+      const auto want = philox({first + static_cast<std::uint32_t>(i), position, 0, 0}, key);
+      for (int j = 0; j < 4; ++j) {
+        report.expect(words[j][i] == want[static_cast<std::size_t>(j)], "a word is Philox's");
+        largest[i % kNoiseLanes] = std::max(largest[i % kNoiseLanes], words[j][i]);
+      }
+    }
+    report.expect(std::equal(most, most + kNoiseLanes, largest), "the largest words of the lanes");
+  }
+}
+
 void test_sum_exp(const Kernels& kernels, Report& report) {
   Random random(42);
   for (i64 trial = 1; trial <= 300; ++trial) {
@@ -1615,6 +1638,7 @@ const Test kTests[] = {
     {"attend", test_attend},
     {"arg_max", test_arg_max},
     {"sum_exp", test_sum_exp},
+    {"noise", test_noise},
 };
 
 struct PlainTest {
@@ -1625,44 +1649,85 @@ struct PlainTest {
 const PlainTest kPlainTests[] = {{"pack", test_pack},       {"pool", test_pool}, {"attend_plan", test_attend_plan},
                                  {"program", test_program}, {"fork", test_fork}, {"ahead", test_ahead}};
 
+struct Job {
+  std::string name, on;
+  std::function<void(Report&)> run;
+};
+
+struct Totals {
+  std::atomic<int> ran, failed;
+  std::atomic<long> checks;
+};
+
+// Runs the jobs whose numbers the pipe gives.
+void work(const std::vector<Job>& jobs, int pipe, Totals& totals) {
+  const FloatEnvironment environment;
+  for (std::uint16_t number; read(pipe, &number, sizeof number) == sizeof number;) {
+    const Job& job = jobs[number];
+    Report report(job.name.c_str(), job.on.c_str());
+    job.run(report);
+    if (report.failures())
+      std::printf("FAILED %s on %s: %d of %ld checks\n", job.name.c_str(), job.on.c_str(), report.failures(),
+                  report.checks());
+    totals.failed += report.failures() > 0;
+    totals.checks += report.checks();
+    ++totals.ran;
+  }
+  std::fflush(stdout);
+}
+
 }  // namespace
 
+// native_tests [--list] [--isa NAME] [--processes N] [TEST...]
 int main(int argc, char** argv) {
   std::vector<std::string> wanted;
   std::string isa;
   bool list = false;
+  int processes = 1;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
     if (argument == "--list") {
       list = true;
     } else if (argument == "--isa" && i + 1 < argc) {
       isa = argv[++i];
+    } else if (argument == "--processes" && i + 1 < argc) {
+      processes = std::atoi(argv[++i]);
     } else {
       wanted.push_back(argument);
     }
   }
-  int failures = 0, ran = 0;
-  long checks = 0;
-  const FloatEnvironment environment;
-  const auto run = [&](const char* name, const char* on, auto test) {
+  std::vector<Job> jobs;
+  const auto add = [&](const char* name, const char* on, std::function<void(Report&)> run) {
     if (!isa.empty() && isa != on) return;
-    if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), name) == wanted.end()) return;
-    ++ran;
-    if (list) {
-      std::printf("%s %s\n", on, name);
-      return;
-    }
-    Report report(name, on);
-    test(report);
-    if (report.failures())
-      std::printf("FAILED %s on %s: %d of %ld checks\n", name, on, report.failures(), report.checks());
-    failures += report.failures() > 0;
-    checks += report.checks();
+    if (wanted.empty() || std::find(wanted.begin(), wanted.end(), name) != wanted.end())
+      jobs.push_back({name, on, std::move(run)});
   };
-  for (const PlainTest& test : kPlainTests) run(test.name, "any", test.run);
+  for (const PlainTest& test : kPlainTests) add(test.name, "any", test.run);
   for (auto table = available_kernels(); *table; ++table)
-    for (const Test& test : kTests) run(test.name, (*table)->isa, [&](Report& report) { test.run(**table, report); });
-  if (list) return 0;
-  std::printf("native tests: %d run, %d failed (%ld checks)\n", ran, failures, checks);
-  return failures || !ran;
+    for (const Test& test : kTests)
+      add(test.name, (*table)->isa, [&test, table](Report& report) { test.run(**table, report); });
+  if (list) {
+    for (const Job& job : jobs) std::printf("%s %s\n", job.on.c_str(), job.name.c_str());
+    return 0;
+  }
+
+  int ends[2];
+  void* shared = mmap(nullptr, sizeof(Totals), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (pipe(ends) != 0 || shared == MAP_FAILED) return 2;
+  Totals& totals = *new (shared) Totals();
+  for (std::uint16_t number = 0; number < jobs.size(); ++number)
+    if (write(ends[1], &number, sizeof number) != sizeof number) return 2;
+  close(ends[1]);
+  std::fflush(stdout);
+  for (int i = 1; i < processes; ++i)
+    if (fork() == 0) {
+      work(jobs, ends[0], totals);
+      std::exit(0);  // with the sanitizers' last checks
+    }
+  work(jobs, ends[0], totals);
+  bool crashed = false;
+  for (int status; wait(&status) > 0;) crashed |= status != 0;
+  std::printf("native tests: %d run, %d failed (%ld checks)\n", totals.ran.load(), totals.failed.load(),
+              totals.checks.load());
+  return crashed || totals.failed || totals.ran != static_cast<int>(jobs.size()) || jobs.empty();
 }

@@ -12,7 +12,7 @@ from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
 from pronghorn.errors import ParameterError, PromptError, PronghornError
-from pronghorn.ops import PAGE, Batch, Runner
+from pronghorn.ops import PAGE, Batch, Choice, Chosen, Runner
 
 if TYPE_CHECKING:
     from pronghorn.engine.grammar import Mask, Masks
@@ -126,17 +126,21 @@ class Engine:
             logits = self._run(batch)
         finally:  # they were computed meanwhile
             allowed = masks()
-        row = 0
+        row, choices, rows = 0, list[Choice](), dict[Request, int]()
         for request, n_tokens in work:
             row = self._prompt_logprobs(request, n_tokens, logits, row)
             self._commit(request, n_tokens)
             if request.n_computed == len(request.token_ids):
-                self._sample(request, logits, row, allowed.get(request))
-                row += 1
-                if proposal := drafts.get(request):
-                    self._verify(proposal, logits, row)
-                    row += len(proposal.token_ids)
-                advanced.append(request)
+                drafted = drafts[request].token_ids if request in drafts else array("i")
+                rows[request] = row
+                choices += self._choices(request, row, drafted, allowed.get(request))
+                row += 1 + len(drafted)
+        chosen = iter(self.runner.choose(logits, choices) if choices else ())
+        for request, row in rows.items():
+            self._take(request, next(chosen))
+            if proposal := drafts.get(request):
+                self._verify(proposal, logits, row + 1, chosen)
+        advanced += rows
         self._n_steps += 1
         if not drafts:
             self.scheduler.pace.note(n_decoding, len(batch.token_ids) - n_decoding, self.clock() - started)
@@ -218,14 +222,17 @@ class Engine:
                 batch.sequence.append(row)
         return batch
 
-    def _verify(self, proposal: Proposal, logits: memoryview, row: int) -> None:
+    def _verify(self, proposal: Proposal, logits: memoryview, row: int, chosen: Iterator[Chosen]) -> None:
         """Commits drafts as long as they are what was chosen anyway, each with the choice that follows it."""
         request, n_right = proposal.request, 0
-        for token_id in proposal.token_ids:
+        following = [] if request.grammar else [next(chosen) for _ in proposal.token_ids]
+        for i, token_id in enumerate(proposal.token_ids):
             if request.finish_reason or request.token_ids[-1] != token_id:
                 break
             self._commit(request, 1)
-            self._sample(request, logits, row + n_right)
+            if request.grammar:
+                following += self.runner.choose(logits, self._choices(request, row + i))
+            self._take(request, following[i])
             n_right += 1
         assert self.speculator
         self.speculator.verified(proposal, n_right)
@@ -264,24 +271,49 @@ class Engine:
                 row += 1
         return row
 
-    def _sample(
-        self, request: Request, logits: memoryview, row: int, allowed: Mask | PronghornError | None = None
-    ) -> None:
+    def _choices(
+        self,
+        request: Request,
+        row: int,
+        drafted: array[int] | None = None,
+        allowed: Mask | PronghornError | None = None,
+    ) -> list[Choice]:
+        """What is to be chosen after a request's tokens, and after each of its drafts, as if these were right.
+
+        Not so with a grammar, which must see a token to say what may follow it.
+        """
         params, ids = request.params, request.token_ids
+        n_top = params.logprobs if params.best_of is None else params.logprobs or 0
         try:
-            if request.error:
-                raise request.error
             if isinstance(allowed, PronghornError):
                 raise allowed
             if request.grammar and allowed is None:
                 allowed = request.grammar.mask()
-            token_id = request.sampler.choose(logits, row, self.vocabulary, ids, request.n_prompt, allowed)
-            if params.logprobs is not None or params.best_of is not None:
-                found = _native.log_probabilities(logits, row, self.vocabulary, token_id, params.logprobs or 0)
+        except PronghornError as error:
+            request.error, allowed = request.error or error, None
+        choices = [Choice(request.sampler, row, ids, request.n_prompt, allowed, n_top)]
+        if drafted and not request.grammar:
+            ahead = ids + drafted
+            choices += [
+                Choice(request.sampler, row + i, ahead[: len(ids) + i], request.n_prompt, None, n_top)
+                for i in range(1, 1 + len(drafted))
+            ]
+        return choices
+
+    def _take(self, request: Request, chosen: Chosen) -> None:
+        """Appends the token that was chosen, or ends the request, which no other minds."""
+        ids = request.token_ids
+        try:
+            if request.error:
+                raise request.error
+            if isinstance(chosen, str):  # such as: the logits are not finite
+                raise PronghornError(chosen)
+            token_id, found = chosen
+            if found:
                 request.logprobs.append(Logprob(token_id, found[0][1], found[1:]))
             if request.grammar and token_id not in request.stop_ids:
                 request.grammar.advance(token_id)
-        except (ValueError, PronghornError) as error:  # such as logits that are not finite: no other request minds
+        except PronghornError as error:
             request.error = request.error or PronghornError(f"token {len(ids)}: {error}")
             return self.finish(request, "error")
         ids.append(token_id)

@@ -13,8 +13,7 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from pronghorn import _native
-from pronghorn.ops import PAGE, Batch
+from pronghorn.ops import PAGE, Batch, Choice
 
 if TYPE_CHECKING:
     from pronghorn.engine.pages import PagePool
@@ -308,7 +307,6 @@ class ModelDraft:
         *,
         shared: bool,
         context: int,
-        vocabulary: int,
         max_tokens: int,
         cost: float = 0.25,
     ) -> None:
@@ -316,7 +314,6 @@ class ModelDraft:
         self.pages = pages
         self.shared = shared
         self.context = context
-        self.vocabulary = vocabulary
         self.max_tokens = max_tokens
         self.cost = cost
         self.costs = Costs()
@@ -397,14 +394,16 @@ class ModelDraft:
         logits = self.runner.run(batch)
         for span in spans:
             self.wrote(*span)
+        choices = [
+            Choice(proposal.request.sampler, row, ids, proposal.request.n_prompt, None, 0)
+            for row, (proposal, ids) in enumerate(reached)
+        ]
         drafted = []
-        for row, (proposal, ids) in enumerate(reached):
-            request, odds = proposal.request, proposal_odds(proposal)
-            try:
-                token_id = request.sampler.choose(logits, row, self.vocabulary, ids, request.n_prompt)
-                sure = _native.log_probabilities(logits, row, self.vocabulary, token_id, 0)[0][1]
-            except ValueError:  # the draft has no finite logits: then there is none
+        for (proposal, _), chosen in zip(reached, self.runner.choose(logits, choices), strict=True):
+            if isinstance(chosen, str):  # the draft has no finite logits: then there is none
                 continue
+            request, odds = proposal.request, proposal_odds(proposal)
+            token_id, ((_, sure),) = chosen
             kind = sum(sure < edge for edge in self.EDGES)
             proposal.add(token_id, kind, proposal.worth * odds.rate(kind))
             if token_id not in request.stop_ids:

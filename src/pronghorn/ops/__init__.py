@@ -12,9 +12,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from pronghorn.weights.types import Matrix, Module
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from pronghorn import _native
 
 PAGE = 32
 """Tokens in a page of the KV cache. Attention's sums are formed page by page: it is part of the numerics."""
@@ -124,6 +129,21 @@ class Batch:
         self.logits_rows = array("i") if logits_rows is None else logits_rows
 
 
+class Choice(NamedTuple):
+    """A token to choose from a row of logits."""
+
+    sampler: _native.Sampler
+    row: int
+    history: array[int]  # prompt and output so far
+    n_prompt: int
+    allowed: Buffer | None = None  # a bit for each token, in words of 32, the lowest first
+    n_top: int | None = None  # likeliest tokens that are wanted beside the chosen one; None: no probabilities at all
+
+
+Chosen: TypeAlias = "tuple[int, list[tuple[int, float]]] | str"
+"""The token and the logarithms of the probabilities of itself and of the likeliest ones; or why there is none."""
+
+
 class Runner(Protocol):
     """A model made ready on one device: weights in place, a KV cache of `n_pages` pages."""
 
@@ -132,3 +152,6 @@ class Runner(Protocol):
 
     def copy_page(self, source: int, target: int) -> None:
         """Makes a page of the KV cache equal to another, in all layers."""
+
+    def choose(self, logits: memoryview, choices: Sequence[Choice]) -> list[Chosen]:
+        """Chooses tokens from what `run` gave."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pronghorn import _native
 from pronghorn._native import View
 from pronghorn.errors import ConfigError, ParameterError
-from pronghorn.ops import KV_DTYPES, Attention, Batch
+from pronghorn.ops import KV_DTYPES, Attention, Batch, Choice, Chosen
 from pronghorn.weights.types import Dense, Int4, Int8, Matrix, Module
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ class CpuRunner:
     def copy_page(self, source: int, target: int) -> None:
         """See ops.Runner."""
         self.cache.copy_page(source, target)
+
+    def choose(self, logits: memoryview, choices: Sequence[Choice]) -> list[Chosen]:
+        """See ops.Runner. The rows are shared out over the threads."""
+        return _native.choose_rows(logits, self.model.config.vocab_size, choices, self.pool)
 
 
 class CpuOps:

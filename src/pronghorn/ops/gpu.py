@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+from pronghorn import _native
 from pronghorn.errors import ParameterError, PronghornError
-from pronghorn.ops import KV_DTYPES, PAGE, Attention, Batch, Rope
+from pronghorn.ops import KV_DTYPES, PAGE, Attention, Batch, Choice, Chosen, Rope
 from pronghorn.weights.types import Dense, Matrix, Module
 
 try:
@@ -73,6 +74,10 @@ class TorchRunner:
         """See ops.Runner."""
         pages = self.pages.view(*self.pages.shape[:2], -1, PAGE, *self.pages.shape[3:])
         pages[:, :, target] = pages[:, :, source]
+
+    def choose(self, logits: memoryview, choices: Sequence[Choice]) -> list[Chosen]:
+        """See ops.Runner."""
+        return _native.choose_rows(logits, self.model.config.vocab_size, choices)
 
     def load(self, weight: Matrix) -> torch.Tensor:
         """The weight on the device, a matrix as `[n_out, n_in]`."""

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pronghorn import _native
 from pronghorn.errors import ParameterError
-from pronghorn.ops import KV_DTYPES, PAGE, Attention, Batch, Rope
+from pronghorn.ops import KV_DTYPES, PAGE, Attention, Batch, Choice, Chosen, Rope
 from pronghorn.weights.packing import unpack
 from pronghorn.weights.types import Dense, Matrix, Module
 
@@ -62,6 +63,10 @@ class ReferenceRunner:
     def copy_page(self, source: int, target: int) -> None:
         """See ops.Runner."""
         self.pages[:, :, target] = self.pages[:, :, source]
+
+    def choose(self, logits: memoryview, choices: Sequence[Choice]) -> list[Chosen]:
+        """See ops.Runner."""
+        return _native.choose_rows(logits, self.model.config.vocab_size, choices)
 
     def array(self, weight: Matrix) -> Array:
         """`to_array`, once for each weight."""
