@@ -28,6 +28,8 @@ FLOORS = [
     ("llm",),
     ("async_llm", "batch", "bench", "convert", "harness"),
     ("evaluate", "serve"),
+    ("mixing",),
+    ("quantize",),
     ("cli",),
 ]
 

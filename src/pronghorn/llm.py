@@ -843,7 +843,9 @@ def describe(checkpoint: Checkpoint, dtype: str = "auto", *, sparsity: bool = Fa
     model, tensors = model_of(checkpoint)
     parameters, config = model.parameters(), model.config
     groups: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
-    for name, (*form, size) in quantize.describe(parameters, tensors, dtype).items():
+    plan = quantize.describe(parameters, tensors, dtype)
+    matrices = [name for name, parameter in parameters.items() if parameter.kind == "matrix"]
+    for name, (*form, size) in plan.items():
         own, target, how = form
         groups.setdefault((own, target, how), []).append((tensors[name].data.nbytes, size))
     weight_bytes = sum(size for sizes in groups.values() for _, size in sizes)
@@ -867,6 +869,9 @@ def describe(checkpoint: Checkpoint, dtype: str = "auto", *, sparsity: bool = Fa
             }
             for (own, target, how), sizes in groups.items()
         ],
+        "matrix_bits": 8
+        * sum(plan[name][3] for name in matrices)
+        / sum(math.prod(parameters[n].shape) for n in matrices),
         "weight_bytes": weight_bytes,
         "kv_bytes": kept,
         "total_bytes": {
