@@ -1,8 +1,8 @@
 """The command line: text to standard output, all else to standard error.
 
-Exit status: 0; 1 where standard output cannot be written; 2 for all else that is wrong, a user's mistake or a fault of
-the system, in one line; 130 after Ctrl-C; 141 where whoever read the output has closed it, as the shell reports it of
-other programs.
+Exit status: 0; 1 where standard output cannot be written, or `eval --check` finds a breach; 2 for all else that is
+wrong, a user's mistake or a fault of the system, in one line; 130 after Ctrl-C; 141 where whoever read the output has
+closed it, as the shell reports it of other programs.
 """
 
 from __future__ import annotations
@@ -196,6 +196,24 @@ def parser() -> argparse.ArgumentParser:
     model_options(add)
     add.add_argument("-q", "--quiet", action="store_true", help="no line of statistics at the end")
 
+    add = command("serve", serve, "Serve models over HTTP, by OpenAI's API (docs/serving.md). The extra `serve`.")
+    add.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine alone)")
+    add.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0: any that is free)")
+    add.add_argument("--api-keys", metavar="FILE", help="a key a line; also PRONGHORN_API_KEYS, with commas")
+    add.add_argument("--cors", action="append", metavar="ORIGIN", help="let pages of this origin ask (*: of any)")
+    add.add_argument("--max-body", type=size, default=4 << 20, metavar="SIZE", help="of a request (default: 4M)")
+    add.add_argument("--max-tokens", type=int, metavar="N", help="that an answer may have (default: the context's)")
+    add.add_argument("--max-waiting", type=int, default=256, metavar="N", help="samples in the queue (default: 256)")
+    add.add_argument("--max-per-key", type=int, metavar="N", help="requests of one key at once")
+    add.add_argument("--timeout", type=float, default=600, metavar="S", help="for a request (default: 600)")
+    add.add_argument("--drain", type=float, default=30, metavar="S", help="to end by, once asked to (default: 30)")
+    add.add_argument("--pooling", choices=("mean", "last"), default="mean", help="of embeddings (default: mean)")
+    add.add_argument("--log-format", choices=("text", "json"), default="text", help="(default: text)")
+    add.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
+    add.add_argument("--tls-cert", metavar="FILE", help="serve https with this certificate chain (PEM)")
+    add.add_argument("--tls-key", metavar="FILE", help="and this key, if it is not in the same file")
+    model_options(add, several=True)
+
     add = command("tokenize", tokenize, "Text to token ids, or back.")
     add.add_argument("text", nargs="*", type=utf8, metavar="TEXT", help="the text; with --decode: token ids")
     prompt_options(add)
@@ -207,6 +225,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("info", info, "What a model is, and the memory that it needs.")
     add.add_argument("-m", "--model", help=MODEL)
     add.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4: what weights would become")
+    add.add_argument("--sparsity", action="store_true", help="count the zeros, which reads all weights")
     add.add_argument("--json", action="store_true", help="print one object")
 
     add = command("bench", bench, "How fast a model runs here, against how fast its weights can be read at all.")
@@ -217,21 +236,60 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
     add.add_argument("--plot", metavar="FILE", help="draw a roofline (.png, .svg, .pdf)")
 
-    add = command("eval", evaluate, "How well a model predicts a text, and what each dtype changes against f32.")
-    add.add_argument("file", metavar="FILE", help="a text in UTF-8")
-    add.add_argument("-m", "--model", help=MODEL)
+    add = command("eval", evaluate, "How well a model predicts a text, and what formats change against a reference.")
+    add.add_argument("file", nargs="?", metavar="FILE", help="a text in UTF-8")
+    add.add_argument("-m", "--model", action="append", help=f"{MODEL}; may be given again, to compare several")
     add.add_argument("--dtype", default="auto", metavar="A,B", help="auto, f32, bf16, int8, int4 (default: auto)")
-    add.add_argument("--kv-dtype", default="auto", help="auto, f32, bf16 or int8: how keys and values are kept")
+    add.add_argument("--kv-dtype", default="auto", metavar="A,B", help="auto, f32, bf16, int8 (default: auto)")
+    text = "what all is compared with: a dtype of the first model, or another model, in f32 (default: f32)"
+    add.add_argument("--reference", default="f32", metavar="DTYPE|MODEL", help=text)
     add.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
     add.add_argument("--window", type=int, default=512, metavar="N", help="tokens seen at once (default: 512)")
-    add.add_argument("--limit", type=int, metavar="N", help="windows, from the beginning (default: the whole text)")
+    add.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the window)")
+    text = "pronghorn, or llama.cpp: the second half of each window is scored, as llama-perplexity does"
+    add.add_argument("--protocol", default="pronghorn", help=text)
+    text = "windows, or of each task samples, from the beginning (default: all)"
+    add.add_argument("--limit", type=int, metavar="N", help=text)
+    text = "generate N tokens from each window, and compare (default: 0)"
+    add.add_argument("--match", type=int, default=0, metavar="N", help=text)
+    add.add_argument("--check", metavar="FILE", help="thresholds in TOML: a line for each breach, and exit status 1")
+    add.add_argument("--plot", metavar="FILE", help="quality against bits a weight as a picture (the extra `bench`)")
     add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
+    group = add.add_argument_group("harness", "EleutherAI's lm_eval instead of FILE (the extra `eval`)")
+    group.add_argument("--harness", metavar="TASKS", help="such as hellaswag,winogrande,wikitext")
+    group.add_argument("--tasks", metavar="FOLDER", help="of further tasks, as lm_eval describes them in YAML")
+    group.add_argument("--fewshot", type=int, metavar="N", help="examples before each sample (default: the task's)")
 
     add = command("convert", convert, "A model from any source as a folder with safetensors, or as a GGUF file.")
     add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
     add.add_argument("destination", metavar="DST", help="a GGUF file if it ends in .gguf, else a folder")
     text = "auto, f32, f16 or bf16; in GGUF also q8_0, q4_0 or q4_1 (default: auto, each weight's own)"
     add.add_argument("--type", default="auto", help=text)
+    add.add_argument("--force", action="store_true", help="replace what is there")
+
+    add = command(
+        "quantize", quantize, "A model's matrices in 8 or 4 bits, as a folder that is mapped and run as it is."
+    )
+    add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
+    add.add_argument("destination", metavar="DST", help="a folder")
+    text = "int8, int8-gN, int4-gN or int4-gN-sym, in groups of N = 32, 64 or 128 inputs (default: int4-g64)"
+    add.add_argument("--format", help=text)
+    add.add_argument("--target-bpw", type=float, metavar="X", help="instead: mixed formats, X bits a weight at most")
+    add.add_argument(
+        "--max-kl", type=float, metavar="X", help="instead: mixed formats, this far from SRC at most, in nats"
+    )
+    text = "another format for head, embeddings, first or last (block), or a pattern such as '*.v_proj.weight'"
+    add.add_argument("--keep", type=utf8, action="append", default=[], metavar="WHICH=FORMAT", help=text)
+    text = "a text, or token ids in a .npy file, for GPTQ (default: none, and rounding to the nearest)"
+    add.add_argument("--calibrate", metavar="FILE", help=text)
+    add.add_argument("--windows", type=int, default=64, metavar="N", help="of it, from the beginning (default: 64)")
+    add.add_argument("--window", type=int, default=512, metavar="N", help="tokens in each (default: 512)")
+    add.add_argument(
+        "--damp", type=float, default=0.01, help="added to the Hessian's diagonal (default: 0.01 of its mean)"
+    )
+    add.add_argument("--block", type=int, default=128, help="inputs whose error is passed on at once (default: 128)")
+    add.add_argument("--act-order", action="store_true", help="the inputs with the largest activations first")
+    add.add_argument("--sweeps", type=int, default=3, metavar="N", help="over all weights after GPTQ (default: 3)")
     add.add_argument("--force", action="store_true", help="replace what is there")
 
     add = command("pull", pull, "Fetch a model, and print where it is; -m NAME finds it from then on.")
@@ -250,10 +308,14 @@ def prompt_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--prompt-file", metavar="FILE", help=text)
 
 
-def model_options(add: argparse.ArgumentParser) -> None:
+def model_options(add: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Which model, and how it runs."""
     group = add.add_argument_group("model")
-    group.add_argument("-m", "--model", help=MODEL)
+    if several:
+        text = f"{MODEL}; NAME=MODEL serves it under another name; may be given several times"
+        group.add_argument("-m", "--model", action="append", help=text)
+    else:
+        group.add_argument("-m", "--model", help=MODEL)
     group.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4 (default: the file's own)")
     group.add_argument("--kv-dtype", default="auto", help="auto, f32, bf16 or int8: how keys and values are kept")
     text = "memory for keys and values, in bytes, or with K, M or G (default: a full context's at least)"
@@ -350,10 +412,15 @@ def load(args: argparse.Namespace) -> LLM:
         from pronghorn.weights import ahead
 
         ahead.begin(args.model, args.dtype)
+    return load_one(args, args.model)
+
+
+def load_one(args: argparse.Namespace, model: str | None) -> LLM:
+    """A model, run as was asked for."""
     from pronghorn.llm import LLM
 
     return LLM(
-        args.model,
+        model,
         dtype=args.dtype,
         device=args.device,
         threads=args.threads,
@@ -560,7 +627,7 @@ def info(args: argparse.Namespace) -> None:
     from pronghorn.llm import describe, open_model
 
     checkpoint = open_model(args.model)
-    facts = describe(checkpoint, args.dtype)
+    facts = describe(checkpoint, args.dtype, sparsity=args.sparsity)
     if args.json:
         print_json(facts)
         return
@@ -570,6 +637,10 @@ def info(args: argparse.Namespace) -> None:
         if entry["how"] != "mapped":
             form += f" to {entry['becomes']}, {size_of(entry['becomes_bytes'])}"
         lines.append(f"  {entry['tensors']:5} tensors {size_of(entry['bytes']):>10}  {form}, {entry['how']}")
+    lines.append(f"  {facts['matrix_bits']:.3f} bits a weight in matrices")
+    if found := facts.get("sparsity"):
+        form = "{zeros:.1%} of the weights in matrices are zero; {two_of_four} of {matrices} matrices are 2:4"
+        lines.append(form.format(**found))
     lines.append("config")
     lines += [f"  {name} = {value}" for name, value in facts["config"].items()]
     for title, rows in (
@@ -581,6 +652,17 @@ def info(args: argparse.Namespace) -> None:
             sizes = "".join(f"  {dtype} {size_of(row[length]):>10}" for dtype, row in rows.items())
             lines.append(f"  {length:>8}{sizes}")
     write("\n".join(lines) + "\n")
+
+
+def serve(args: argparse.Namespace) -> None:
+    """`pronghorn serve`."""
+    try:
+        from pronghorn.serve.main import run
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("pronghorn"):
+            raise
+        raise PronghornError(f"serve needs {error.name}: pip install 'pronghorn[serve]'") from None
+    run(args, lambda model: load_one(args, model))
 
 
 def pull(args: argparse.Namespace) -> None:
@@ -595,6 +677,15 @@ def convert(args: argparse.Namespace) -> None:
     from pronghorn.convert import convert
 
     for line in convert(args.source, args.destination, args.type, force=args.force):
+        say(line)
+    write(f"{args.destination}\n")
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """`pronghorn quantize`."""
+    from pronghorn.quantize import run
+
+    for line in run(args):
         say(line)
     write(f"{args.destination}\n")
 

@@ -86,7 +86,7 @@ class LLM:
         tensor_parallel: int = 1,
     ) -> None:
         started = time.perf_counter()
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         check_options(dtype, device, threads, draft, kv_dtype, kv_memory, tensor_parallel)
         if draft is not None and not use_cache:
             raise ParameterError(f"draft is {draft!r}: drafts need the cache, which use_cache=False does without")
@@ -156,6 +156,8 @@ class LLM:
             cost = runs_ahead.weight_bytes / bytes_read(self.model, weights)
             self._engine.speculate(runs_ahead.draft(self._engine.pool, cost))
         self.context = self._engine.context
+        self._weights = weights
+        self._headless: Runner | None = None  # whose logits are hidden states
         self._lock = threading.Lock()
         self._came: list[Request] = []  # that the engine has not been given yet
         self._ended: list[Request] = []  # that are no longer wanted, and may hold pages yet
@@ -295,26 +297,70 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each token, float32 [tokens, vocabulary]."""
+        return self._rows(token_ids, self.model.config.vocab_size, lambda engine: engine.runner)
+
+    def hidden(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """What the head would read after each token (the last norm's output), float32 [tokens, embd]."""
+        return self._rows(token_ids, self.model.config.embd, self._without_head)
+
+    def _rows(self, token_ids: Sequence[int], width: int, runner_of: Callable[[Engine], Runner]) -> NDArray[np.float32]:
+        """A runner's rows, float32 [tokens, width], in chunks, between which others may have their steps."""
         import numpy as np
 
-        engine, ids = self._ready(), token_array(token_ids)
-        result = np.empty((len(ids), self.model.config.vocab_size), np.float32)
-        start = 0
+        ids = token_array(token_ids)
+        result = np.empty((len(ids), width), np.float32)
         with self._lock:
-            for rows in engine.logits(ids):
-                chunk = np.frombuffer(rows, np.float32).reshape(-1, result.shape[1])
-                result[start : start + len(chunk)] = chunk
-                start += len(chunk)
+            engine = self._ready()
+            chunks = engine.logits(ids, runner_of(engine))
+        start = 0
+        try:
+            while start < len(ids):
+                with self._lock:
+                    self._ready()
+                    chunk = np.frombuffer(next(chunks), np.float32).reshape(-1, width)
+                    result[start : start + len(chunk)] = chunk
+                    start += len(chunk)
+        finally:
+            with self._lock:
+                chunks.close()
         return result
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _without_head(self, engine: Engine) -> Runner:
+        """The model with the identity for its head, on the same keys and values if it is a native program."""
+        if self._headless is None:
+            import copy
+
+            import numpy as np
+
+            from pronghorn.ops.cpu import CpuRunner
+
+            model = copy.copy(self.model)
+            model.config = config = copy.copy(model.config)
+            config.tied, config.vocab_size = False, config.embd
+            identity = memoryview(np.eye(config.embd, dtype=np.float32).tobytes())
+            weights = {name: w for name, w in self._weights.items() if not name.startswith("lm_head.")}
+            weights["lm_head.weight"] = Dense(identity, "f32", (config.embd, config.embd))
+            n_pages, own = engine.pool.n_pages, engine.runner
+            if isinstance(own, CpuRunner):
+                shared: dict[str, Any] = {"pool": own.pool, "cache": own.cache}
+                self._headless = CpuRunner(
+                    model, Module.of(weights), n_pages=n_pages, kv_dtype=self.kv_dtype, max_tokens=STEP_TOKENS, **shared
+                )
+            else:
+                self._headless = runner_for(model, Module.of(weights), self.device, None, n_pages, self.kv_dtype)
+        return self._headless
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> list[int]:
         """The token ids of a conversation, `[{"role": "user", "content": "..."}, ...]`, in the model's template.
 
         They end where the assistant's turn begins, ready to be generated. The template writes BOS and the like.
+        `tools` are JSON schemas of functions, `options` the template's own variables.
         """
         from pronghorn.text.chat import encode_chat
 
-        return encode_chat(self.tokenizer, messages)
+        return encode_chat(self.tokenizer, messages, tools=tools, **options)
 
     def info(self) -> dict[str, Any]:
         """What the model is and the memory that it needs: see `describe`."""
@@ -330,6 +376,7 @@ class LLM:
                 self._settle()
             if self._engine and self._group:
                 self._group.close()
+            self._headless, self._weights = None, {}
             self._engine = None  # and with it the runner, the KV cache and the weights
 
     def __enter__(self) -> LLM:
@@ -567,11 +614,11 @@ class DraftModel:
         )  # fmt: skip
 
 
-def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM) -> None:
-    """ParameterError for a draft whose token ids are not the LLM's."""
+def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM, what: str = "draft") -> None:
+    """ParameterError for a draft, or another model, whose token ids are not the LLM's."""
     sizes = model.config.vocab_size, llm.model.config.vocab_size
     if sizes[0] != sizes[1]:
-        raise ParameterError(f"draft is {name!r}: its vocabulary has {sizes[0]} tokens, and the model's {sizes[1]}")
+        raise ParameterError(f"{what} is {name!r}: its vocabulary has {sizes[0]} tokens, and the model's {sizes[1]}")
     try:
         ours, its = llm.tokenizer, load_tokenizer(checkpoint.tokenizer)
     except NoTokenizer:  # ids in, ids out
@@ -580,7 +627,7 @@ def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM) 
         tokens = [t.id_to_token(index) if index < t.vocab_size else None for t in (its, ours)]
         if tokens[0] != tokens[1]:
             raise ParameterError(
-                f"draft is {name!r}: its token {index} is {tokens[0]!r}, and the model's {tokens[1]!r}"
+                f"{what} is {name!r}: its token {index} is {tokens[0]!r}, and the model's {tokens[1]!r}"
             )
 
 
@@ -784,15 +831,21 @@ def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
     return sum(weight.data.nbytes for weight in weights_read(model, weights).values())
 
 
-def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
-    """What `pronghorn info` shows: the configuration, what becomes of the weights, and the memory of each context."""
+def describe(checkpoint: Checkpoint, dtype: str = "auto", *, sparsity: bool = False) -> dict[str, Any]:
+    """What `pronghorn info` shows: the configuration, what becomes of the weights, and the memory of each context.
+
+    `sparsity` adds the share of zeros, for which all weights are read.
+    """
     from pronghorn.weights import quantize
+    from pronghorn.weights.sparsity import sparsity as sparsity_of
 
     check_options(dtype)
     model, tensors = model_of(checkpoint)
     parameters, config = model.parameters(), model.config
     groups: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
-    for name, (*form, size) in quantize.describe(parameters, tensors, dtype).items():
+    plan = quantize.describe(parameters, tensors, dtype)
+    matrices = [name for name, parameter in parameters.items() if parameter.kind == "matrix"]
+    for name, (*form, size) in plan.items():
         own, target, how = form
         groups.setdefault((own, target, how), []).append((tensors[name].data.nbytes, size))
     weight_bytes = sum(size for sizes in groups.values() for _, size in sizes)
@@ -816,9 +869,13 @@ def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
             }
             for (own, target, how), sizes in groups.items()
         ],
+        "matrix_bits": 8
+        * sum(plan[name][3] for name in matrices)
+        / sum(math.prod(parameters[n].shape) for n in matrices),
         "weight_bytes": weight_bytes,
         "kv_bytes": kept,
         "total_bytes": {
             dtype: {length: weight_bytes + size for length, size in row.items()} for dtype, row in kept.items()
         },
+        **({"sparsity": sparsity_of(parameters, tensors)} if sparsity else {}),
     }
