@@ -19,7 +19,7 @@ from pronghorn import LLM, SamplingParams, _native, mixing, quantize
 from pronghorn.cli import main
 from pronghorn.convert import FOLDER, arrange, convert
 from pronghorn.errors import CheckpointError, ParameterError, PromptError, PronghornError
-from pronghorn.evaluate import log_softmax
+from pronghorn.mixing import log_softmax
 from pronghorn.models import model_of
 from pronghorn.ops.cpu import CpuRunner
 from pronghorn.ops.reference import ReferenceRunner, to_array

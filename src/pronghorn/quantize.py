@@ -323,7 +323,11 @@ class Calibration(ReferenceOps):
 
     def embed(self, table: Any) -> Any:
         w = self.work.load(table)
-        return (self.work.settle(table, w, self.bar, self.head) if self.quantizes else w)[self.tokens.reshape(-1)]
+        if self.quantizes:
+            w = self.work.settle(table, w, self.bar, self.head)
+        else:
+            self.bar.update(w.size)
+        return w[self.tokens.reshape(-1)]
 
     def linear(self, x: Any, module: Module, activation: str | None = None, residual: Any = None) -> Any:
         name = module.weight

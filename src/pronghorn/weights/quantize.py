@@ -61,7 +61,7 @@ FORMATS = {
     **{f"int4-g{group}": Target("int4", group) for group in (32, 64, 128)},
     **{f"int4-g{group}-sym": Target("int4", group, symmetric=True) for group in (32, 64, 128)},
 }
-"""The dtypes of what `pronghorn quantize` has packed already (see weights.packed): mapped and run as it is."""
+"""Dtypes of what `pronghorn quantize` has packed (see weights.writing.safetensors_file), mapped and run as it is."""
 
 QUANTIZED = {"int8": Target("int8", 64), "int4": Target("int4", 32)}
 """What `--dtype int8` and `int4` make of other weights."""

@@ -13,7 +13,7 @@ HEADER_LIMIT = 100_000_000
 """Bytes of a header, as the format's own reader limits it."""
 
 PACKED = "pronghorn.packed"
-"""The key of `__metadata__` that names quantized matrices (see weights.writing.write_safetensors)."""
+"""The key of `__metadata__` that names quantized matrices (see weights.writing.safetensors_file)."""
 
 _DTYPES = {name.upper(): name for name in DTYPES}
 
@@ -76,12 +76,7 @@ def _packed(path: Path, text: str, tensors: dict[str, Tensor], places: dict[str,
             fail(path, f"tensor {shown(name)}: {PACKED} names it, but it is not there as U8")
         if not isinstance(format, str) or format not in FORMATS:
             fail(path, f"tensor {shown(name)}: the format {shown(str(format))} is not supported")
-        if (
-            not isinstance(shape, list)
-            or not _counts(shape)
-            or len(shape) != 2
-            or not all(0 < n < 1 << 31 for n in shape)
-        ):
+        if not isinstance(shape, list) or len(shape) != 2 or not _counts(shape):
             fail(path, f"tensor {shown(name)}: {shown(str(shape))} is not the shape of a matrix")
         if places[name] % 64:
             fail(path, f"tensor {shown(name)}: its data does not begin at a multiple of 64 bytes")
