@@ -139,9 +139,7 @@ def main(folder: str, model: str) -> None:
     stage = build(Path(folder).resolve())
     print(f"image_check: built in {time.monotonic() - started:.0f} s", flush=True)
     try_out(stage, Path(model).resolve())
-    packed = subprocess.run(
-        f"tar -C {shlex.quote(str(stage.root))} -c . | gzip", shell=True, stdout=subprocess.PIPE, check=True
-    )
+    packed = subprocess.run(["tar", "-C", stage.root, "-cz", "."], stdout=subprocess.PIPE, check=True)
     files = [file for file in stage.root.rglob("*") if file.is_file() and not file.is_symlink()]
     size = sum(file.stat().st_size for file in files) / 1e6
     print(f"image_check: {size:.1f} MB in {len(files)} files; as a layer (tar, gzip) {len(packed.stdout) / 1e6:.1f} MB")

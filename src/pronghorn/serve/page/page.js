@@ -80,7 +80,7 @@ function textOf(bytes) {
 
 // --------------------------------------------------------------------------------------------- a text and its tokens
 
-/** An answer on its way. Its text is what the server sends as text; tokens are laid over it, as far as they spell it. */
+/** An answer on its way: the text that the server sends, and tokens laid over it as far as they spell it. */
 class Answer {
   constructor(element) {
     this.element = element;
@@ -430,7 +430,7 @@ function changed() {
   field.prompt.placeholder = chat ? "Say something." : "Write the beginning; the model goes on from there.";
   $("prompt-label").textContent = chat ? "Message" : "Prompt";
   $("run").firstElementChild.textContent = chat ? "Send" : "Run";
-  $("echo").textContent = chat ? "" : field.prompt.value; // keeps the prompt's place, so that the text goes on in its line
+  $("echo").textContent = chat ? "" : field.prompt.value; // keeps the prompt's place: the answer goes on there
   form.classList.toggle("shaded", field.shade.checked);
   for (const range of document.querySelectorAll("[data-of]")) range.value = field[range.dataset.of].value;
   for (const area of document.querySelectorAll("textarea")) fit(area);
