@@ -268,25 +268,25 @@ class Service:
             async for at, chunk in merged(streams):
                 meters[at].saw(chunk)
                 self.check_time(chunk)
-                stream = streams[at]
-                prompt = stream.prompt_token_ids, stream.prompt_logprobs
-                for choice in answers.deltas(at * n + chunk.sample, chunk, *prompt):
+                data = b""  # one message for the network, whatever the number of events
+                for choice in answers.deltas(at * n + chunk.sample, chunk, streams[at]):
                     if held:
-                        yield event(held)
+                        data += event(held)
+                    held = answers.message(choice)
+                    if not choice["finish_reason"]:
+                        data += event(held)
                         held = None
-                    if choice["finish_reason"]:
-                        held = answers.message(choice)
-                    else:
-                        yield event(answers.message(choice))
+                if data:
+                    yield data
             tail = answers.tail([stream.output() for stream in streams])
             note_usage(note, tail)
+            data = b""
             if with_usage:  # in a message without choices, which only those can read who have asked for it
-                yield event(held or {})
+                data = event(held or {})
                 held = {**answers.message({}), "choices": []}
             else:
                 del tail["usage"]
-            yield event({**(held or {}), **tail})
-            yield b"data: [DONE]\n\n"
+            yield data + event({**(held or {}), **tail}) + b"data: [DONE]\n\n"
         except (Refusal, PronghornError) as error:
             refusal = error if isinstance(error, Refusal) else self.refusal(error)
             note["left"] = refusal.status
