@@ -743,7 +743,11 @@ def test_draining(models: dict[str, Path]) -> None:
         assert server.process.wait(60) == 128 + signal.SIGTERM
 
 
-def test_what_does_not_start(models: dict[str, Path], tmp_path: Path, server: Server) -> None:
+def test_what_does_not_start(
+    models: dict[str, Path], tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pronghorn.cli import main
+
     (tmp_path / "empty").touch()
     for args, message in (
         (["-m", str(tmp_path / "nothing")], "nothing"),
@@ -754,11 +758,10 @@ def test_what_does_not_start(models: dict[str, Path], tmp_path: Path, server: Se
         (["--port", str(server.port)], "Address already in use"),
         (["--tls-cert", str(tmp_path / "nothing")], "nothing"),
     ):
-        env = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "pronghorn", "serve", "-m", f"a={models['tiny']}", "--port", "0", *args]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-        last = done.stderr.splitlines()[-1]
-        assert (done.returncode, last.startswith("pronghorn: error: "), message in last) == (2, True, True), done.stderr
+        assert main(["serve", "-m", f"a={models['tiny']}", "--port", "0", *args]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("pronghorn: error: ")
+        assert message in last
 
 
 def test_tls(models: dict[str, Path], tmp_path: Path) -> None:

@@ -27,6 +27,12 @@ from pronghorn.serve.app import Served, Service, app_of
 from pronghorn.serve.operation import PATIENCE, Settings, log, names_of, read_keys, set_up_logs
 from pronghorn.weights.files import map_file
 
+TCP_OPTIONS = (
+    ("TCP_KEEPIDLE", PATIENCE // 4),
+    ("TCP_KEEPINTVL", PATIENCE // 4),
+    ("TCP_KEEPCNT", 3),
+    ("TCP_USER_TIMEOUT", PATIENCE * 1000),
+)
 HEADERS = 64 << 10  # bytes that a request's head may have
 
 
@@ -58,21 +64,19 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
 @contextlib.contextmanager
 def listen(host: str, port: int) -> Iterator[socket.socket]:
     """The socket. Connections inherit that a client which is gone without a word, or never reads, is given up."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PATIENCE * 1000)
-        sock.bind(address)
-        sock.listen(2048)
-    except OSError as error:
-        raise PronghornError(f"{host}, port {port}: {error.strerror}") from None
-    with sock:
+    with contextlib.ExitStack() as stack:
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            sock = stack.enter_context(socket.socket(family, kind))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in TCP_OPTIONS:
+                if hasattr(socket, name):  # Linux's
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            sock.bind(address)
+            sock.listen(2048)
+        except (OSError, OverflowError) as error:
+            raise PronghornError(f"{host}, port {port}: {getattr(error, 'strerror', None) or error}") from None
         yield sock
 
 
@@ -116,8 +120,7 @@ async def serve(
         loop.call_soon_threadsafe(asked.set)
 
     # Not by the loop's add_signal_handler: it loses a signal when its pipe is full of the engine's words.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def load_all() -> None:  # a thread that does not keep the process from ending
         error = None
@@ -163,6 +166,8 @@ async def serve(
         await serving
         for served in service.models.values():
             served.llm.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fingerprint(llm: LLM) -> str:
