@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pronghorn.engine.engine import Stats
 from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.errors import ParameterError, PronghornError, QueueFull, ShuttingDown
-from pronghorn.generation import Chunk, Job, Output
+from pronghorn.generation import Chunk, Job, Output, Timings
 from pronghorn.llm import LLM, Prompt, check_stream
 
 if TYPE_CHECKING:
@@ -275,6 +275,10 @@ class AsyncStream(AsyncIterator[Chunk]):
     def prompt_logprobs(self) -> list[Logprob]:
         """Those of the prompt from its second token on, where they were asked for, once the first chunk is there."""
         return self._job.generations[0].request.prompt_logprobs
+
+    def timings(self) -> Timings:
+        """Those of the first sample, so far."""
+        return self._job.generations[0].timings()
 
     def output(self) -> Output:
         """The whole, after the last chunk; after `aclose`, what had come by then."""

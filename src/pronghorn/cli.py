@@ -1,8 +1,8 @@
 """The command line: text to standard output, all else to standard error.
 
-Exit status: 0; 1 where standard output cannot be written; 2 for all else that is wrong, a user's mistake or a fault of
-the system, in one line; 130 after Ctrl-C; 141 where whoever read the output has closed it, as the shell reports it of
-other programs.
+Exit status: 0; 1 where standard output cannot be written, or `eval --check` finds a breach; 2 for all else that is
+wrong, a user's mistake or a fault of the system, in one line; 130 after Ctrl-C; 141 where whoever read the output has
+closed it, as the shell reports it of other programs.
 """
 
 from __future__ import annotations
@@ -225,6 +225,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("info", info, "What a model is, and the memory that it needs.")
     add.add_argument("-m", "--model", help=MODEL)
     add.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4: what weights would become")
+    add.add_argument("--sparsity", action="store_true", help="count the zeros, which reads all weights")
     add.add_argument("--json", action="store_true", help="print one object")
 
     add = command("bench", bench, "How fast a model runs here, against how fast its weights can be read at all.")
@@ -235,21 +236,60 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
     add.add_argument("--plot", metavar="FILE", help="draw a roofline (.png, .svg, .pdf)")
 
-    add = command("eval", evaluate, "How well a model predicts a text, and what each dtype changes against f32.")
-    add.add_argument("file", metavar="FILE", help="a text in UTF-8")
-    add.add_argument("-m", "--model", help=MODEL)
+    add = command("eval", evaluate, "How well a model predicts a text, and what formats change against a reference.")
+    add.add_argument("file", nargs="?", metavar="FILE", help="a text in UTF-8")
+    add.add_argument("-m", "--model", action="append", help=f"{MODEL}; may be given again, to compare several")
     add.add_argument("--dtype", default="auto", metavar="A,B", help="auto, f32, bf16, int8, int4 (default: auto)")
-    add.add_argument("--kv-dtype", default="auto", help="auto, f32, bf16 or int8: how keys and values are kept")
+    add.add_argument("--kv-dtype", default="auto", metavar="A,B", help="auto, f32, bf16, int8 (default: auto)")
+    text = "what all is compared with: a dtype of the first model, or another model, in f32 (default: f32)"
+    add.add_argument("--reference", default="f32", metavar="DTYPE|MODEL", help=text)
     add.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
     add.add_argument("--window", type=int, default=512, metavar="N", help="tokens seen at once (default: 512)")
-    add.add_argument("--limit", type=int, metavar="N", help="windows, from the beginning (default: the whole text)")
+    add.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the window)")
+    text = "pronghorn, or llama.cpp: the second half of each window is scored, as llama-perplexity does"
+    add.add_argument("--protocol", default="pronghorn", help=text)
+    text = "windows, or of each task samples, from the beginning (default: all)"
+    add.add_argument("--limit", type=int, metavar="N", help=text)
+    text = "generate N tokens from each window, and compare (default: 0)"
+    add.add_argument("--match", type=int, default=0, metavar="N", help=text)
+    add.add_argument("--check", metavar="FILE", help="thresholds in TOML: a line for each breach, and exit status 1")
+    add.add_argument("--plot", metavar="FILE", help="quality against bits a weight as a picture (the extra `bench`)")
     add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
+    group = add.add_argument_group("harness", "EleutherAI's lm_eval instead of FILE (the extra `eval`)")
+    group.add_argument("--harness", metavar="TASKS", help="such as hellaswag,winogrande,wikitext")
+    group.add_argument("--tasks", metavar="FOLDER", help="of further tasks, as lm_eval describes them in YAML")
+    group.add_argument("--fewshot", type=int, metavar="N", help="examples before each sample (default: the task's)")
 
     add = command("convert", convert, "A model from any source as a folder with safetensors, or as a GGUF file.")
     add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
     add.add_argument("destination", metavar="DST", help="a GGUF file if it ends in .gguf, else a folder")
     text = "auto, f32, f16 or bf16; in GGUF also q8_0, q4_0 or q4_1 (default: auto, each weight's own)"
     add.add_argument("--type", default="auto", help=text)
+    add.add_argument("--force", action="store_true", help="replace what is there")
+
+    add = command(
+        "quantize", quantize, "A model's matrices in 8 or 4 bits, as a folder that is mapped and run as it is."
+    )
+    add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
+    add.add_argument("destination", metavar="DST", help="a folder")
+    text = "int8, int8-gN, int4-gN or int4-gN-sym, in groups of N = 32, 64 or 128 inputs (default: int4-g64)"
+    add.add_argument("--format", help=text)
+    add.add_argument("--target-bpw", type=float, metavar="X", help="instead: mixed formats, X bits a weight at most")
+    add.add_argument(
+        "--max-kl", type=float, metavar="X", help="instead: mixed formats, this far from SRC at most, in nats"
+    )
+    text = "another format for head, embeddings, first or last (block), or a pattern such as '*.v_proj.weight'"
+    add.add_argument("--keep", type=utf8, action="append", default=[], metavar="WHICH=FORMAT", help=text)
+    text = "a text, or token ids in a .npy file, for GPTQ (default: none, and rounding to the nearest)"
+    add.add_argument("--calibrate", metavar="FILE", help=text)
+    add.add_argument("--windows", type=int, default=64, metavar="N", help="of it, from the beginning (default: 64)")
+    add.add_argument("--window", type=int, default=512, metavar="N", help="tokens in each (default: 512)")
+    add.add_argument(
+        "--damp", type=float, default=0.01, help="added to the Hessian's diagonal (default: 0.01 of its mean)"
+    )
+    add.add_argument("--block", type=int, default=128, help="inputs whose error is passed on at once (default: 128)")
+    add.add_argument("--act-order", action="store_true", help="the inputs with the largest activations first")
+    add.add_argument("--sweeps", type=int, default=3, metavar="N", help="over all weights after GPTQ (default: 3)")
     add.add_argument("--force", action="store_true", help="replace what is there")
 
     add = command("pull", pull, "Fetch a model, and print where it is; -m NAME finds it from then on.")
@@ -282,6 +322,8 @@ def model_options(add: argparse.ArgumentParser, *, several: bool = False) -> Non
     group.add_argument("--kv-memory", type=size, metavar="SIZE", help=text)
     group.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
     group.add_argument("--device", default="cpu", help="cpu, reference, or PyTorch's: cuda, torch:cpu, ...")
+    text = "divide the model among N GPUs (see docs/gpu.md)"
+    group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=text)
     group.add_argument("--no-cache", action="store_true", help="compute all from the beginning for every token")
     group.add_argument("--draft", metavar="DRAFT", help="speculation: self-int4, self-int8, ngram or another MODEL")
 
@@ -386,6 +428,7 @@ def load_one(args: argparse.Namespace, model: str | None) -> LLM:
         kv_dtype=args.kv_dtype,
         kv_memory=args.kv_memory,
         use_cache=not args.no_cache,
+        tensor_parallel=args.tensor_parallel,
     )
 
 
@@ -584,7 +627,7 @@ def info(args: argparse.Namespace) -> None:
     from pronghorn.llm import describe, open_model
 
     checkpoint = open_model(args.model)
-    facts = describe(checkpoint, args.dtype)
+    facts = describe(checkpoint, args.dtype, sparsity=args.sparsity)
     if args.json:
         print_json(facts)
         return
@@ -594,6 +637,10 @@ def info(args: argparse.Namespace) -> None:
         if entry["how"] != "mapped":
             form += f" to {entry['becomes']}, {size_of(entry['becomes_bytes'])}"
         lines.append(f"  {entry['tensors']:5} tensors {size_of(entry['bytes']):>10}  {form}, {entry['how']}")
+    lines.append(f"  {facts['matrix_bits']:.3f} bits a weight in matrices")
+    if found := facts.get("sparsity"):
+        form = "{zeros:.1%} of the weights in matrices are zero; {two_of_four} of {matrices} matrices are 2:4"
+        lines.append(form.format(**found))
     lines.append("config")
     lines += [f"  {name} = {value}" for name, value in facts["config"].items()]
     for title, rows in (
@@ -630,6 +677,15 @@ def convert(args: argparse.Namespace) -> None:
     from pronghorn.convert import convert
 
     for line in convert(args.source, args.destination, args.type, force=args.force):
+        say(line)
+    write(f"{args.destination}\n")
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """`pronghorn quantize`."""
+    from pronghorn.quantize import run
+
+    for line in run(args):
         say(line)
     write(f"{args.destination}\n")
 

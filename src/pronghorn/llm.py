@@ -56,6 +56,8 @@ class LLM:
     `draft` has tokens proposed, of which the model verifies several at once, and changes no token either: "ngram"
     looks up what followed before, "self-int4" and "self-int8" are the model's own quantized copy, all else names
     another model of the same vocabulary. How many are proposed follows from what it gains, which may be nothing.
+    `tensor_parallel`: ranks among which the model is divided, on so many GPUs of this machine (or, "torch:cpu",
+    processes); under torchrun, those that it has started, of which all but the first end where they load the model.
 
     Generations may overlap, in one thread or in several: they share steps, and no token depends on the company.
 
@@ -81,10 +83,11 @@ class LLM:
         *,
         use_cache: bool = True,
         prefix_cache: bool = True,
+        tensor_parallel: int = 1,
     ) -> None:
         started = time.perf_counter()
         self.dtype, self.device = dtype, device
-        check_options(dtype, device, threads, draft, kv_dtype, kv_memory)
+        check_options(dtype, device, threads, draft, kv_dtype, kv_memory, tensor_parallel)
         if draft is not None and not use_cache:
             raise ParameterError(f"draft is {draft!r}: drafts need the cache, which use_cache=False does without")
         self._checkpoint = open_model(model)
@@ -96,8 +99,22 @@ class LLM:
         from pronghorn.weights.quantize import prepare
 
         threads = None if threads is None else int(threads)
-        weights = prepare(self._checkpoint, self.model.parameters(), tensors, dtype, threads)
-        config = self.model.config
+        ranked, parameters, self._group = self.model, self.model.parameters(), None
+        if tensor_parallel > 1:
+            from pronghorn import parallel
+
+            ranked = parallel.local_model(self.model, tensor_parallel)
+            arguments: dict[str, Any] = {
+                "model": str(self.path),
+                "dtype": dtype,
+                "device": device,
+                "kv_dtype": kv_dtype,
+            }
+            arguments |= {"kv_memory": kv_memory, "use_cache": use_cache, "tensor_parallel": tensor_parallel}
+            self._group = parallel.Group(tensor_parallel, device, arguments)
+            parameters, tensors = parallel.divided(parameters, tensors, self._group.rank, tensor_parallel)
+        weights = prepare(self._checkpoint, parameters, tensors, dtype, threads, keep=self._group is None)
+        config = ranked.config
         if kv_dtype == "auto":
             kv_dtype = kv_dtype_for(weights)
         self.kv_dtype = kv_dtype
@@ -107,7 +124,8 @@ class LLM:
         all_bytes = token_bytes + (runs_ahead.token_bytes(kv_dtype) if runs_ahead else 0)
         n_pages = pages_for(all_bytes, config.context, sequences, kv_memory)
         try:
-            runner = runner_for(self.model, Module.of(weights), device, threads, n_pages, kv_dtype)
+            more = {"group": self._group, "waits": draft is not None}
+            runner = runner_for(ranked, Module.of(weights), device, threads, n_pages, kv_dtype, **more)
             if runs_ahead:
                 runs_ahead.start(runner, n_pages, kv_dtype)
         except MemoryError:
@@ -118,6 +136,9 @@ class LLM:
             ) from None
         except RuntimeError as error:  # the environment asks for what the machine has not: PRONGHORN_ISA, a device
             raise PronghornError(str(error).partition("\n")[0]) from None
+        if self._group and self._group.rank:
+            self._group.follow(runner)
+            sys.exit(0)
         self._engine: Engine | None = Engine(
             runner,
             n_pages=n_pages,
@@ -356,6 +377,8 @@ class LLM:
             if self._engine:
                 self._ended += [*self._engine.scheduler.running, *self._engine.scheduler.waiting, *self._came]
                 self._settle()
+            if self._engine and self._group:
+                self._group.close()
             self._headless, self._weights = None, {}
             self._engine = None  # and with it the runner, the KV cache and the weights
 
@@ -550,7 +573,7 @@ class Driver(Protocol):
 class DraftModel:
     """The model that runs ahead: the LLM's own in fewer bits, or another of the same vocabulary.
 
-    The own one works on the LLM's keys and values, where both are native programs; else it has its own.
+    The own one works on the LLM's keys and values, but for the reference; another has its own.
     """
 
     def __init__(self, name: str, llm: LLM, tensors: Mapping[str, Tensor], device: str, threads: int | None) -> None:
@@ -559,7 +582,7 @@ class DraftModel:
         own = name in ("self-int4", "self-int8")
         checkpoint = llm._checkpoint if own else open_model(name)
         self.device, self.threads = device, threads
-        self.shared = own and device == "cpu"
+        self.shared = own and device != "reference"
         if own:
             self.model = llm.model
         else:
@@ -586,7 +609,8 @@ class DraftModel:
                 cache=cache,
             )  # fmt: skip
         else:
-            self.runner = runner_for(self.model, weights, self.device, self.threads, n_pages, kv_dtype)
+            more = {"cache": getattr(target, "cache", None)} if self.shared else {}
+            self.runner = runner_for(self.model, weights, self.device, self.threads, n_pages, kv_dtype, **more)
 
     def draft(self, pages: PagePool, cost: float) -> ModelDraft:
         """What the engine speculates with; `cost` is that of a token against the LLM's."""
@@ -598,11 +622,11 @@ class DraftModel:
         )  # fmt: skip
 
 
-def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM) -> None:
-    """ParameterError for a draft whose token ids are not the LLM's."""
+def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM, what: str = "draft") -> None:
+    """ParameterError for a draft, or another model, whose token ids are not the LLM's."""
     sizes = model.config.vocab_size, llm.model.config.vocab_size
     if sizes[0] != sizes[1]:
-        raise ParameterError(f"draft is {name!r}: its vocabulary has {sizes[0]} tokens, and the model's {sizes[1]}")
+        raise ParameterError(f"{what} is {name!r}: its vocabulary has {sizes[0]} tokens, and the model's {sizes[1]}")
     try:
         ours, its = llm.tokenizer, load_tokenizer(checkpoint.tokenizer)
     except NoTokenizer:  # ids in, ids out
@@ -611,7 +635,7 @@ def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM) 
         tokens = [t.id_to_token(index) if index < t.vocab_size else None for t in (its, ours)]
         if tokens[0] != tokens[1]:
             raise ParameterError(
-                f"draft is {name!r}: its token {index} is {tokens[0]!r}, and the model's {tokens[1]!r}"
+                f"{what} is {name!r}: its token {index} is {tokens[0]!r}, and the model's {tokens[1]!r}"
             )
 
 
@@ -660,8 +684,15 @@ def check_options(
     draft: str | Path | None = None,
     kv_dtype: str = "auto",
     kv_memory: int | None = None,
+    tensor_parallel: int = 1,
 ) -> None:
     """Raises ParameterError for what no model can make good."""
+    whole("tensor_parallel", tensor_parallel, 1, 1024)
+    if tensor_parallel > 1:
+        if device not in ("cuda", "torch:cpu"):
+            raise ParameterError(f"tensor_parallel is {tensor_parallel}: device {device!r} has no ranks (cuda has)")
+        if draft not in (None, "ngram"):
+            raise ParameterError(f"draft is {draft!r}: with tensor_parallel there is ngram alone")
     if dtype not in DTYPES:
         raise ParameterError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     if kv_dtype not in ("auto", *KV_DTYPES):
@@ -698,8 +729,10 @@ def load_tokenizer(source: Any) -> Tokenizer:
     return open_tokenizer(source)
 
 
-def runner_for(model: Model, weights: Module, device: str, threads: int | None, n_pages: int, kv_dtype: str) -> Runner:
-    """The model made ready on a device."""
+def runner_for(
+    model: Model, weights: Module, device: str, threads: int | None, n_pages: int, kv_dtype: str, **more: Any
+) -> Runner:
+    """The model made ready on a device; `more` is for a TorchRunner."""
     if device == "cpu":
         from pronghorn.ops.cpu import CpuRunner
 
@@ -712,7 +745,10 @@ def runner_for(model: Model, weights: Module, device: str, threads: int | None, 
     try:
         from pronghorn.ops.gpu import TorchRunner
 
-        return TorchRunner(model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS, device=name)
+        return TorchRunner(
+            model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS,
+            device=name, **more,
+        )  # fmt: skip
     except PronghornError as error:  # PyTorch is not there, or has no such device
         raise ParameterError(f"device is {device!r}: expected {DEVICES} ({error})") from None
 
@@ -803,15 +839,21 @@ def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
     return sum(weight.data.nbytes for weight in weights_read(model, weights).values())
 
 
-def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
-    """What `pronghorn info` shows: the configuration, what becomes of the weights, and the memory of each context."""
+def describe(checkpoint: Checkpoint, dtype: str = "auto", *, sparsity: bool = False) -> dict[str, Any]:
+    """What `pronghorn info` shows: the configuration, what becomes of the weights, and the memory of each context.
+
+    `sparsity` adds the share of zeros, for which all weights are read.
+    """
     from pronghorn.weights import quantize
+    from pronghorn.weights.sparsity import sparsity as sparsity_of
 
     check_options(dtype)
     model, tensors = model_of(checkpoint)
     parameters, config = model.parameters(), model.config
     groups: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
-    for name, (*form, size) in quantize.describe(parameters, tensors, dtype).items():
+    plan = quantize.describe(parameters, tensors, dtype)
+    matrices = [name for name, parameter in parameters.items() if parameter.kind == "matrix"]
+    for name, (*form, size) in plan.items():
         own, target, how = form
         groups.setdefault((own, target, how), []).append((tensors[name].data.nbytes, size))
     weight_bytes = sum(size for sizes in groups.values() for _, size in sizes)
@@ -835,9 +877,13 @@ def describe(checkpoint: Checkpoint, dtype: str = "auto") -> dict[str, Any]:
             }
             for (own, target, how), sizes in groups.items()
         ],
+        "matrix_bits": 8
+        * sum(plan[name][3] for name in matrices)
+        / sum(math.prod(parameters[n].shape) for n in matrices),
         "weight_bytes": weight_bytes,
         "kv_bytes": kept,
         "total_bytes": {
             dtype: {length: weight_bytes + size for length, size in row.items()} for dtype, row in kept.items()
         },
+        **({"sparsity": sparsity_of(parameters, tensors)} if sparsity else {}),
     }

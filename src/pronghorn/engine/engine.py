@@ -209,6 +209,7 @@ class Engine:
 
     def _batch(self, work: list[tuple[Request, int]], drafts: Mapping[Request, Proposal]) -> Batch:
         batch = Batch(table_width=max(len(request.pages) for request, _ in work))
+        batch.logits_here = any(request.wants_prompt for request, _ in work)
         for row, (request, n_tokens) in enumerate(work):
             start, end, at = request.n_computed, request.n_computed + n_tokens, len(batch.token_ids)
             batch.token_ids.extend(request.token_ids[start:end])

@@ -15,12 +15,22 @@ from pronghorn.serve.tools import CallReader, Form
 if TYPE_CHECKING:
     from pronghorn.async_llm import AsyncStream
     from pronghorn.engine.scheduler import Logprob
-    from pronghorn.generation import Chunk, Output
+    from pronghorn.generation import Chunk, Output, Timings
     from pronghorn.llm import LLM
     from pronghorn.serve.app import Served
     from pronghorn.text.tokenizer import StreamDecoder
 
 LEAST = -9999.0  # for the logarithm of 0, which JSON does not have
+
+
+def told(timings: Timings) -> dict[str, Any]:
+    """What answers tell of timings."""
+    return {
+        "ttft_s": timings.ttft_s,
+        "decode_tok_s": timings.decode_tok_s,
+        "draft_proposed": timings.drafted_tokens,
+        "draft_accepted": timings.accepted_tokens,
+    }
 
 
 class Pieces:
@@ -110,7 +120,6 @@ class Answers:
         """What is known at the end; `seed` and `timings` (of the first sample) are extensions."""
         n_prompt = sum(len(out.prompt_token_ids) for out in outs)
         n_new = sum(self.n_new(out) for one in outs for out in one.samples)
-        timings = outs[0].timings
         return {
             "usage": {
                 "prompt_tokens": n_prompt,
@@ -119,12 +128,7 @@ class Answers:
                 "prompt_tokens_details": {"cached_tokens": sum(out.timings.cached_tokens for out in outs)},
             },
             "seed": outs[0].seed,
-            "timings": {
-                "ttft_s": timings.ttft_s,
-                "decode_tok_s": timings.decode_tok_s,
-                "draft_proposed": timings.drafted_tokens,
-                "draft_accepted": timings.accepted_tokens,
-            },
+            "timings": told(outs[0].timings),
         }
 
     def n_new(self, out: Output) -> int:
@@ -148,8 +152,8 @@ class Completions(Answers):
 
     def deltas(self, index: int, chunk: Chunk, stream: AsyncStream) -> list[dict[str, Any]]:
         choice = self._choice(index, chunk, chunk.text, lambda: (stream.prompt_token_ids, stream.prompt_logprobs))
-        told = choice["text"] or choice["finish_reason"] or (choice["logprobs"] and choice["logprobs"]["tokens"])
-        return [choice] if told else []
+        anything = choice["text"] or choice["finish_reason"] or (choice["logprobs"] and choice["logprobs"]["tokens"])
+        return [choice] if anything else []
 
     def _choice(
         self,
@@ -159,7 +163,7 @@ class Completions(Answers):
         prompt: Callable[[], tuple[Sequence[int], Sequence[Logprob | None]]],
     ) -> dict[str, Any]:
         """`prompt` gives its tokens and their logprobs, which are asked for with a sample's first message."""
-        told: dict[str, Any] | None = None
+        logprobs_now: dict[str, Any] | None = None
         first, finish_reason = index not in self.begun, new.finish_reason
         self.begun.add(index)
         if self.scores:
@@ -172,9 +176,9 @@ class Completions(Answers):
                 self.legacy[index] = Legacy(self.pieces, *(("", ()) if self.echo else (before, ids)))
                 entries += zip(ids, [None, *logprobs], strict=False) if self.echo else ()
             entries += () if self.scores else zip(new.token_ids, new.logprobs or (), strict=False)
-            told = self.legacy[index](entries, self.n_top)
+            logprobs_now = self.legacy[index](entries, self.n_top)
         text = before + text if self.echo else text
-        return {"index": index, "text": text, "logprobs": told, "finish_reason": finish_reason}
+        return {"index": index, "text": text, "logprobs": logprobs_now, "finish_reason": finish_reason}
 
     def n_new(self, out: Output) -> int:
         return 0 if self.scores else super().n_new(out)

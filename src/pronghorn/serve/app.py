@@ -25,7 +25,7 @@ from pronghorn.batch import numbered
 from pronghorn.engine.sampling import NAMES, SamplingParams, fresh_seed
 from pronghorn.errors import PromptError, PronghornError, QueueFull, ShuttingDown
 from pronghorn.serve import schemas as s
-from pronghorn.serve.answers import Answers, Chats, Completions, Pieces
+from pronghorn.serve.answers import Answers, Chats, Completions, Pieces, told
 from pronghorn.serve.metrics import Meter, Metrics
 from pronghorn.serve.openapi import OPERATIONS, document
 from pronghorn.serve.operation import LEFT, PATIENCE, Door, Refusal, Settings
@@ -273,6 +273,8 @@ class Service:
                     if held:
                         data += event(held)
                     held = answers.message(choice)
+                    if (so_far := streams[at].timings()).drafted_tokens:
+                        held["timings"] = told(so_far)
                     if not choice["finish_reason"]:
                         data += event(held)
                         held = None
