@@ -505,6 +505,7 @@ def test_refusals(server: Server) -> None:
         ("/v1/completions", {"prompt": "a", "model": "tiny", "stop": [""]}, 400, "stop"),
         ("/v1/completions", {"prompt": "a", "model": "tiny", "logit_bias": {"x": 1}}, 400, "logit_bias"),
         ("/v1/completions", {"prompt": "a", "model": "tiny", "stream_options": {}}, 400, "stream_options"),
+        ("/v1/completions", {"prompt": ["a"] * 161, "model": "tiny", "n": 2}, 400, "322 samples: at most 320"),
         ("/v1/completions", {"prompt": "a", "model": "nope"}, 404, "no model 'nope'"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "elf", "content": "a"}]}, 400, "messages.0.role"),

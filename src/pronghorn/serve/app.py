@@ -208,6 +208,9 @@ class Service:
         """The response: whole, or a stream."""
         note = request.scope["pronghorn"]
         note["model"] = served.name
+        n_samples, most = len(prompts) * (params.best_of or params.n), self.settings.max_waiting
+        if most is not None and n_samples > (most := most + served.engine.max_sequences):
+            raise Refusal(400, f"the request asks for {n_samples} samples: at most {most} run and wait here")
         if self.settings.log_prompts:
             note["prompt"] = prompts
         if not body.stream:
@@ -234,6 +237,8 @@ class Service:
         meter = Meter(self.metrics, served.name)
         if params.best_of not in (None, params.n):
             out = await served.engine.generate(prompt, params, timeout=self.settings.timeout)
+            for sample in out.samples:
+                meter.end(sample.finish_reason)
         else:
             async with await served.engine.submit(prompt, params, timeout=self.settings.timeout) as stream:
                 async for chunk in stream:

@@ -92,5 +92,9 @@ class Meter:
         if n_tokens:
             self.last[chunk.sample] = now
         if chunk.finish_reason:
-            self.whole.observe(now - self.started)
-            self.ended.labels(self.model, chunk.finish_reason).inc()
+            self.end(chunk.finish_reason)
+
+    def end(self, finish_reason: str) -> None:
+        """A sample has ended."""
+        self.whole.observe(time.perf_counter() - self.started)
+        self.ended.labels(self.model, finish_reason).inc()
