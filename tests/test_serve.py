@@ -729,6 +729,16 @@ def test_draining(models: dict[str, Path]) -> None:
         server.refused("/v1/embeddings", {"input": "a"}, 503, "shutting down")
         assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
         assert server.process.wait(60) == 0
+    with serving("-m", str(models["long"]), "--drain", "60") as server:
+        with server.open_stream(max_tokens=3000, logprobs=20) as sock:  # 3 MB, that nobody has read
+            server.until(lambda: server.metric("generation_tokens") == 3000)
+            server.process.send_signal(signal.SIGTERM)
+            server.line("draining")
+            data = b""
+            while part := sock.recv(1 << 20):
+                data += part
+            assert b"[DONE]" in data[-50:]
+        assert server.process.wait(60) == 0
     with serving("-m", str(models["long"]), "--drain", "0.1") as server:
         stream = iter(server.client(strict=False).completions.create(**{**asked, "max_tokens": LONG}))
         next(stream)

@@ -77,6 +77,7 @@ class Service:
         self.settings = settings
         self.models: dict[str, Served] = {}
         self.status = "loading"
+        self.n_open = 0  # POST requests whose answer has not gone out
         self.metrics = Metrics(self.models)
 
     def served(self, name: str | None) -> Served:
@@ -418,7 +419,7 @@ def app_of(service: Service) -> Starlette:
 
     routes += [Route("/openapi.json", guarded(service, openapi))]
     routes += [Route(path, guarded(service, service.page)) for path in ("/", "/page/{file}")]
-    middleware = [Middleware(Door, settings=service.settings, metrics=service.metrics)]
+    middleware = [Middleware(Door, service=service)]
     if service.settings.cors:
         allowed: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         origins = list(service.settings.cors)

@@ -155,9 +155,12 @@ async def serve(
         await asyncio.wait(either[1:], return_when=asyncio.FIRST_COMPLETED)
         service.status = "draining"
         log.info("draining: up to %g seconds", args.drain)
+        ends = loop.time() + args.drain
         engines = [served.engine for served in service.models.values()]
         drained = await asyncio.gather(*(engine.drain(args.drain) for engine in engines))
-        log.info("drained" if all(drained) else "ended what was still running")
+        while service.n_open and loop.time() < ends:  # until clients have read what was made for them
+            await asyncio.sleep(0.02)
+        log.info("drained" if all(drained) and not service.n_open else "ended what was still running")
     finally:
         for served in service.models.values():
             await asyncio.to_thread(served.engine.close)

@@ -58,7 +58,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What the registry asks for."""
-        stats: dict[str, Stats] = {name: served.engine.stats() for name, served in self.models.items()}
+        stats: dict[str, Stats] = {name: served.engine.stats() for name, served in dict(self.models).items()}
         for kind, rows in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
             for name, (text, value) in rows.items():
                 family = kind(f"pronghorn:{name}", text, labels=["model_name"])
