@@ -109,7 +109,10 @@ class Server:
         data = json.dumps(
             {"model": "long", "prompt": "a", "max_tokens": LONG, "ignore_eos": True, "stream": True} | body
         )
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or else the kernel would read for it
+        sock.settimeout(60)
+        sock.connect(("127.0.0.1", self.port))
         head = f"Host: a\r\nX-API-Key: {self.key}\r\nContent-Length: {len(data)}"
         sock.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n{data}".encode())
         assert b"HTTP/1.1 200" in sock.recv(100)
@@ -730,8 +733,8 @@ def test_draining(models: dict[str, Path]) -> None:
         assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
         assert server.process.wait(60) == 0
     with serving("-m", str(models["long"]), "--drain", "60") as server:
-        with server.open_stream(max_tokens=3000, logprobs=20) as sock:  # 3 MB, that nobody has read
-            server.until(lambda: server.metric("generation_tokens") == 3000)
+        with server.open_stream(max_tokens=2000, logprobs=100) as sock:  # 10 MB, that nobody has read
+            server.until(lambda: server.metric("generation_tokens") == 2000)
             server.process.send_signal(signal.SIGTERM)
             server.line("draining")
             data = b""
