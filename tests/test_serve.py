@@ -769,6 +769,8 @@ def test_what_does_not_start(
         (["--api-keys", str(tmp_path / "empty")], "there are no keys"),
         (["--api-keys", str(tmp_path / "nothing")], "No such file"),
         (["--max-per-key", "1"], "no API keys"),
+        (["--timeout", "0"], "--timeout is 0.0: expected a number above 0"),
+        (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--port", str(server.port)], "Address already in use"),
         (["--tls-cert", str(tmp_path / "nothing")], "nothing"),
     ):

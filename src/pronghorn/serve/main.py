@@ -21,6 +21,7 @@ import uvicorn
 
 from pronghorn import _native
 from pronghorn.async_llm import AsyncLLM
+from pronghorn.engine.sampling import number, whole
 from pronghorn.errors import ParameterError, PronghornError
 from pronghorn.llm import LLM
 from pronghorn.serve.app import Served, Service, app_of
@@ -41,6 +42,9 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
     keys = read_keys(Path(args.api_keys) if args.api_keys else None, os.environ.get("PRONGHORN_API_KEYS"))
     if args.max_per_key is not None and not keys:
         raise ParameterError("--max-per-key is given, but there are no API keys")
+    for name, low in (("max_tokens", 1), ("max_waiting", 0), ("max_per_key", 1)):
+        if (value := getattr(args, name)) is not None:
+            whole(f"--{name.replace('_', '-')}", value, low)
     settings = Settings(
         keys=keys,
         cors=tuple(args.cors or ()),
@@ -48,7 +52,7 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
         max_tokens=args.max_tokens,
         max_waiting=args.max_waiting,
         max_per_key=args.max_per_key,
-        timeout=args.timeout,
+        timeout=number("--timeout", args.timeout, 0, 1e9, above=True),
         pooling=args.pooling,
         log_prompts=args.log_prompts,
     )
