@@ -841,3 +841,19 @@ def test_a_fingerprint_is_the_contents_and_how_they_are_run(models: dict[str, Pa
         of(models["long"]),
     ]
     assert len({own, *others}) == 5
+
+
+def test_real_models(test_data: Path, default_model: Path) -> None:
+    """What stories260K is known to say, by a stream; and SmolLM2's answer is the offline one."""
+    folder, messages = test_data / "models" / "stories260K", [{"role": "user", "content": "Why is the sky blue?"}]
+    with serving("-m", str(folder), "-m", f"smol={default_model}") as server:
+        client = server.client(strict=False)
+        stream = client.completions.create(
+            model="stories260K", prompt=[1], max_tokens=200, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        text = "".join(chunk.choices[0].text for chunk in stream)
+        assert text.strip() == (folder / "golden.txt").read_text(encoding="utf-8").strip()
+        found = client.chat.completions.create(model="smol", messages=messages, max_tokens=40, temperature=0)
+    with LLM(default_model, threads=1) as offline:
+        out = offline.generate(offline.chat_prompt(messages), SamplingParams(max_tokens=40))
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == (out.text, out.finish_reason)
