@@ -8,7 +8,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from pronghorn import (
     ParameterError,
     PromptError,
     PronghornError,
+    QueueFull,
     SamplingParams,
 )
 from pronghorn.engine import sampling
@@ -646,3 +649,24 @@ def test_dtypes(stories: Path, dtype: str) -> None:
         logits = llm.logits(golden).astype(np.float64)
         losses = np.log(np.exp(logits).sum(axis=1))[:-1] - logits[np.arange(len(golden) - 1), golden[1:]]
         assert losses.mean() < {"f32": 0.62, "bf16": 0.63, "int8": 0.63, "int4": 0.8}[dtype]
+
+
+def test_reading_logits_takes_turns_with_steps(tmp_path: Path) -> None:
+    """Also where the one leaves no pages to the other: it waits, or is told to come again."""
+    with LLM(save_tiny(tmp_path / "model"), kv_memory=300 * 256, threads=1) as llm:
+        params = SamplingParams(max_tokens=100, ignore_eos=True)
+        alone, rows = llm.generate("a" * 100, params).token_ids, llm.logits([1] * 250)
+        found: list[Any] = []
+
+        def read() -> None:
+            for _ in range(20):
+                with suppress(QueueFull):
+                    found.append(np.array_equal(llm.logits([1] * 250), rows))
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        for _ in range(5):
+            assert llm.generate("a" * 100, params).token_ids == alone
+        thread.join()
+        assert all(found)
+        assert llm.stats().held_pages == 0

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pronghorn.errors import CheckpointError, NoTokenizer, PromptError, PronghornError
 from pronghorn.text import open_tokenizer
 from pronghorn.text.derive import PRE_TOKENIZERS, from_gguf
-from pronghorn.text.stream import _BYTE_OF, StreamDecoder, plan
+from pronghorn.text.stream import _BYTE_OF, StreamDecoder, plan, token_bytes
 from pronghorn.text.tokenizer import Tokenizer
 from pronghorn.weights import TokenizerSource, open_checkpoint
 
@@ -831,3 +831,21 @@ def test_clear_errors(qwen2: Any, tmp_path: Path) -> None:
         _of_gguf({**_gguf(qwen2, "qwen2"), "tokenizer.ggml.model": "t5"})
     with pytest.raises(CheckpointError, match=r"merges\.txt.*No such file"):
         _open(_write(tmp_path / "c", vocab__json={"a": 0}))
+
+
+def test_the_bytes_of_a_token_are_those_within_a_text() -> None:
+    llama = {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+        {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]}  # fmt: skip
+    for decoder, token, data in (
+        (llama, "\u2581a", b" a"),
+        (llama, "<0xE2>", b"\xe2"),
+        (llama, "\u00e9", b"\xc3\xa9"),
+        ({"type": "ByteLevel"}, "\u0120a", b" a"),
+        ({"type": "ByteLevel"}, "\u00e2", b"\xe2"),
+        ({"type": "ByteLevel"}, "<|\u4e00|>", "<|\u4e00|>".encode()),
+        ({"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}, "\u2581a", b" a"),
+        (None, "a", b" a"),
+    ):
+        assert token_bytes(token, plan(decoder)) == data

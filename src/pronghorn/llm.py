@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
 
-from pronghorn.engine.engine import Engine, Stats
+from pronghorn.engine.engine import Engine, NoPages, Stats
 from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.engine.scheduler import Request, token_array
 from pronghorn.errors import NoTokenizer, ParameterError, PromptError, PronghornError
@@ -158,6 +158,7 @@ class LLM:
         self.context = self._engine.context
         self._weights = weights
         self._headless: Runner | None = None  # whose logits are hidden states
+        self._n_reading = 0  # threads in the middle of `logits` or `hidden`
         self._lock = threading.Lock()
         self._came: list[Request] = []  # that the engine has not been given yet
         self._ended: list[Request] = []  # that are no longer wanted, and may hold pages yet
@@ -312,6 +313,7 @@ class LLM:
         with self._lock:
             engine = self._ready()
             chunks = engine.logits(ids, runner_of(engine))
+            self._n_reading += 1
         start = 0
         try:
             while start < len(ids):
@@ -322,6 +324,7 @@ class LLM:
                     start += len(chunk)
         finally:
             with self._lock:
+                self._n_reading -= 1
                 chunks.close()
         return result
 
@@ -407,7 +410,12 @@ class LLM:
         """A step, by this thread -> the requests that have something new, or have ended."""
         with self._lock:
             self._settle()
-            return self._ready().step()
+            try:
+                return self._ready().step()
+            except NoPages:
+                if not self._n_reading:  # who ends soon
+                    raise
+                return []
 
     def drive(self, driver: Driver) -> bool:
         """Leaves the steps to a driver from now on; False if there is one."""

@@ -35,6 +35,10 @@ class Stats(NamedTuple):
     accepted_tokens: int  # of these, those that were right
 
 
+class NoPages(PronghornError):
+    """A step that cannot begin anything while somebody reads `logits`."""
+
+
 class Engine:
     """Runs requests on a runner with `n_pages` pages of KV cache.
 
@@ -116,7 +120,7 @@ class Engine:
         work = self.scheduler.schedule()
         if not work:
             if self.scheduler.waiting:
-                raise PronghornError("the KV cache's pages are all held by others: nothing can run")
+                raise NoPages("the KV cache's pages are all held by others: nothing can run")
             return advanced
         n_decoding = sum(request.n_left == 1 for request, _ in work)
         drafts = self.speculator.propose(work) if self.speculator else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from pronghorn.errors import NoTokenizer
 from pronghorn.serve.tools import CallReader, Form
 
 if TYPE_CHECKING:
+    from pronghorn.async_llm import AsyncStream
     from pronghorn.engine.scheduler import Logprob
     from pronghorn.generation import Chunk, Output, Timings
     from pronghorn.llm import LLM
@@ -102,9 +103,7 @@ class Answers:
         """A choice of a whole answer."""
         raise NotImplementedError
 
-    def deltas(
-        self, index: int, chunk: Chunk, prompt_ids: Sequence[int], prompt_logprobs: Sequence[Logprob]
-    ) -> list[dict[str, Any]]:
+    def deltas(self, index: int, chunk: Chunk, stream: AsyncStream) -> list[dict[str, Any]]:
         """What a stream tells of a chunk: choices, each in a message of its own."""
         raise NotImplementedError
 
@@ -146,50 +145,40 @@ class Completions(Answers):
         super().__init__("text_completion", "cmpl", served)
         self.prompts, self.echo, self.n_top, self.n, self.scores = prompts, echo, n_top, n, scores
         self.legacy: dict[int, Legacy] = {}
+        self.begun: set[int] = set()
 
     def choice(self, index: int, out: Output) -> dict[str, Any]:
-        return self._choice(
-            index,
-            out.text,
-            out.token_ids,
-            out.logprobs,
-            out.finish_reason,
-            out.prompt_token_ids,
-            (out.prompt_logprobs or [None])[1:],
-        )
+        return self._choice(index, out, out.text, lambda: (out.prompt_token_ids, (out.prompt_logprobs or [None])[1:]))
 
-    def deltas(
-        self, index: int, chunk: Chunk, prompt_ids: Sequence[int], prompt_logprobs: Sequence[Logprob]
-    ) -> list[dict[str, Any]]:
-        choice = self._choice(
-            index, chunk.text, chunk.token_ids, chunk.logprobs, chunk.finish_reason, prompt_ids, prompt_logprobs
-        )
-        told = choice["text"] or choice["finish_reason"] or (choice["logprobs"] and choice["logprobs"]["tokens"])
-        return [choice] if told else []
+    def deltas(self, index: int, chunk: Chunk, stream: AsyncStream) -> list[dict[str, Any]]:
+        choice = self._choice(index, chunk, chunk.text, lambda: (stream.prompt_token_ids, stream.prompt_logprobs))
+        anything = choice["text"] or choice["finish_reason"] or (choice["logprobs"] and choice["logprobs"]["tokens"])
+        return [choice] if anything else []
 
     def _choice(
         self,
         index: int,
+        new: Output | Chunk,
         text: str,
-        ids: Sequence[int],
-        logprobs: list[Logprob] | None,
-        finish_reason: str | None,
-        prompt_ids: Sequence[int],
-        prompt_logprobs: Sequence[Logprob | None],
+        prompt: Callable[[], tuple[Sequence[int], Sequence[Logprob | None]]],
     ) -> dict[str, Any]:
-        prompt, first = self.prompts[index // self.n], index not in self.legacy
-        if first:
-            before = ("", ()) if self.echo else (prompt, prompt_ids)
-            self.legacy[index] = Legacy(self.pieces, *before)
+        """`prompt` gives its tokens and their logprobs, which are asked for with a sample's first message."""
+        logprobs_now: dict[str, Any] | None = None
+        first, finish_reason = index not in self.begun, new.finish_reason
+        self.begun.add(index)
         if self.scores:
-            text, ids, logprobs, finish_reason = "", [], [], finish_reason and "length"
-        entries: list[tuple[int, Logprob | None]] = []
-        if first and self.echo:
-            text = prompt + text
-            entries += zip(prompt_ids, [None, *prompt_logprobs], strict=False)
-        entries += zip(ids, logprobs or (), strict=False)
-        told = None if self.n_top is None else self.legacy[index](entries, self.n_top)
-        return {"index": index, "text": text, "logprobs": told, "finish_reason": finish_reason}
+            text, finish_reason = "", finish_reason and "length"
+        before = self.prompts[index // self.n] if first else ""
+        if self.n_top is not None:
+            entries: list[tuple[int, Logprob | None]] = []
+            if first:
+                ids, logprobs = prompt()
+                self.legacy[index] = Legacy(self.pieces, *(("", ()) if self.echo else (before, ids)))
+                entries += zip(ids, [None, *logprobs], strict=False) if self.echo else ()
+            entries += () if self.scores else zip(new.token_ids, new.logprobs or (), strict=False)
+            logprobs_now = self.legacy[index](entries, self.n_top)
+        text = before + text if self.echo else text
+        return {"index": index, "text": text, "logprobs": logprobs_now, "finish_reason": finish_reason}
 
     def n_new(self, out: Output) -> int:
         return 0 if self.scores else super().n_new(out)
@@ -219,9 +208,7 @@ class Chats(Answers):
     def message(self, choice: dict[str, Any]) -> dict[str, Any]:
         return {**super().message(choice), "object": "chat.completion.chunk"}
 
-    def deltas(
-        self, index: int, chunk: Chunk, prompt_ids: Sequence[int], prompt_logprobs: Sequence[Logprob]
-    ) -> list[dict[str, Any]]:
+    def deltas(self, index: int, chunk: Chunk, stream: AsyncStream) -> list[dict[str, Any]]:
         text, calls = self._read(index, chunk.text, chunk.finish_reason)
         found: list[dict[str, Any]] = []
         if index not in self.begun:

@@ -77,6 +77,7 @@ class Service:
         self.settings = settings
         self.models: dict[str, Served] = {}
         self.status = "loading"
+        self.n_open = 0  # POST requests whose answer has not gone out
         self.metrics = Metrics(self.models)
 
     def served(self, name: str | None) -> Served:
@@ -208,6 +209,9 @@ class Service:
         """The response: whole, or a stream."""
         note = request.scope["pronghorn"]
         note["model"] = served.name
+        n_samples, most = len(prompts) * (params.best_of or params.n), self.settings.max_waiting
+        if most is not None and n_samples > (most := most + served.engine.max_sequences):
+            raise Refusal(400, f"the request asks for {n_samples} samples: at most {most} run and wait here")
         if self.settings.log_prompts:
             note["prompt"] = prompts
         if not body.stream:
@@ -234,6 +238,8 @@ class Service:
         meter = Meter(self.metrics, served.name)
         if params.best_of not in (None, params.n):
             out = await served.engine.generate(prompt, params, timeout=self.settings.timeout)
+            for sample in out.samples:
+                meter.end(sample.finish_reason)
         else:
             async with await served.engine.submit(prompt, params, timeout=self.settings.timeout) as stream:
                 async for chunk in stream:
@@ -268,28 +274,27 @@ class Service:
             async for at, chunk in merged(streams):
                 meters[at].saw(chunk)
                 self.check_time(chunk)
-                stream = streams[at]
-                prompt = stream.prompt_token_ids, stream.prompt_logprobs
-                for choice in answers.deltas(at * n + chunk.sample, chunk, *prompt):
+                data = b""  # one message for the network, whatever the number of events
+                for choice in answers.deltas(at * n + chunk.sample, chunk, streams[at]):
                     if held:
-                        yield event(held)
+                        data += event(held)
+                    held = answers.message(choice)
+                    if (so_far := streams[at].timings()).drafted_tokens:
+                        held["timings"] = told(so_far)
+                    if not choice["finish_reason"]:
+                        data += event(held)
                         held = None
-                    message = answers.message(choice)
-                    if (so_far := stream.timings()).drafted_tokens:
-                        message["timings"] = told(so_far)
-                    if choice["finish_reason"]:
-                        held = message
-                    else:
-                        yield event(message)
+                if data:
+                    yield data
             tail = answers.tail([stream.output() for stream in streams])
             note_usage(note, tail)
+            data = b""
             if with_usage:  # in a message without choices, which only those can read who have asked for it
-                yield event(held or {})
+                data = event(held or {})
                 held = {**answers.message({}), "choices": []}
             else:
                 del tail["usage"]
-            yield event({**(held or {}), **tail})
-            yield b"data: [DONE]\n\n"
+            yield data + event({**(held or {}), **tail}) + b"data: [DONE]\n\n"
         except (Refusal, PronghornError) as error:
             refusal = error if isinstance(error, Refusal) else self.refusal(error)
             note["left"] = refusal.status
@@ -414,7 +419,7 @@ def app_of(service: Service) -> Starlette:
 
     routes += [Route("/openapi.json", guarded(service, openapi))]
     routes += [Route(path, guarded(service, service.page)) for path in ("/", "/page/{file}")]
-    middleware = [Middleware(Door, settings=service.settings, metrics=service.metrics)]
+    middleware = [Middleware(Door, service=service)]
     if service.settings.cors:
         allowed: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         origins = list(service.settings.cors)

@@ -21,12 +21,19 @@ import uvicorn
 
 from pronghorn import _native
 from pronghorn.async_llm import AsyncLLM
+from pronghorn.engine.sampling import number, whole
 from pronghorn.errors import ParameterError, PronghornError
 from pronghorn.llm import LLM
 from pronghorn.serve.app import Served, Service, app_of
 from pronghorn.serve.operation import PATIENCE, Settings, log, names_of, read_keys, set_up_logs
 from pronghorn.weights.files import map_file
 
+TCP_OPTIONS = (
+    ("TCP_KEEPIDLE", PATIENCE // 4),
+    ("TCP_KEEPINTVL", PATIENCE // 4),
+    ("TCP_KEEPCNT", 3),
+    ("TCP_USER_TIMEOUT", PATIENCE * 1000),
+)
 HEADERS = 64 << 10  # bytes that a request's head may have
 
 
@@ -35,6 +42,9 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
     keys = read_keys(Path(args.api_keys) if args.api_keys else None, os.environ.get("PRONGHORN_API_KEYS"))
     if args.max_per_key is not None and not keys:
         raise ParameterError("--max-per-key is given, but there are no API keys")
+    for name, low in (("max_tokens", 1), ("max_waiting", 0), ("max_per_key", 1)):
+        if (value := getattr(args, name)) is not None:
+            whole(f"--{name.replace('_', '-')}", value, low)
     settings = Settings(
         keys=keys,
         cors=tuple(args.cors or ()),
@@ -42,7 +52,7 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
         max_tokens=args.max_tokens,
         max_waiting=args.max_waiting,
         max_per_key=args.max_per_key,
-        timeout=args.timeout,
+        timeout=number("--timeout", args.timeout, 0, 1e9, above=True),
         pooling=args.pooling,
         log_prompts=args.log_prompts,
     )
@@ -58,21 +68,19 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
 @contextlib.contextmanager
 def listen(host: str, port: int) -> Iterator[socket.socket]:
     """The socket. Connections inherit that a client which is gone without a word, or never reads, is given up."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PATIENCE * 1000)
-        sock.bind(address)
-        sock.listen(2048)
-    except OSError as error:
-        raise PronghornError(f"{host}, port {port}: {error.strerror}") from None
-    with sock:
+    with contextlib.ExitStack() as stack:
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            sock = stack.enter_context(socket.socket(family, kind))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in TCP_OPTIONS:
+                if hasattr(socket, name):  # Linux's
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            sock.bind(address)
+            sock.listen(2048)
+        except (OSError, OverflowError) as error:
+            raise PronghornError(f"{host}, port {port}: {getattr(error, 'strerror', None) or error}") from None
         yield sock
 
 
@@ -116,8 +124,7 @@ async def serve(
         loop.call_soon_threadsafe(asked.set)
 
     # Not by the loop's add_signal_handler: it loses a signal when its pipe is full of the engine's words.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def load_all() -> None:  # a thread that does not keep the process from ending
         error = None
@@ -152,9 +159,12 @@ async def serve(
         await asyncio.wait(either[1:], return_when=asyncio.FIRST_COMPLETED)
         service.status = "draining"
         log.info("draining: up to %g seconds", args.drain)
+        ends = loop.time() + args.drain
         engines = [served.engine for served in service.models.values()]
         drained = await asyncio.gather(*(engine.drain(args.drain) for engine in engines))
-        log.info("drained" if all(drained) else "ended what was still running")
+        while service.n_open and loop.time() < ends:  # until clients have read what was made for them
+            await asyncio.sleep(0.02)
+        log.info("drained" if all(drained) and not service.n_open else "ended what was still running")
     finally:
         for served in service.models.values():
             await asyncio.to_thread(served.engine.close)
@@ -163,6 +173,8 @@ async def serve(
         await serving
         for served in service.models.values():
             served.llm.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fingerprint(llm: LLM) -> str:

@@ -58,7 +58,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What the registry asks for."""
-        stats: dict[str, Stats] = {name: served.engine.stats() for name, served in self.models.items()}
+        stats: dict[str, Stats] = {name: served.engine.stats() for name, served in dict(self.models).items()}
         for kind, rows in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
             for name, (text, value) in rows.items():
                 family = kind(f"pronghorn:{name}", text, labels=["model_name"])
@@ -92,5 +92,9 @@ class Meter:
         if n_tokens:
             self.last[chunk.sample] = now
         if chunk.finish_reason:
-            self.whole.observe(now - self.started)
-            self.ended.labels(self.model, chunk.finish_reason).inc()
+            self.end(chunk.finish_reason)
+
+    def end(self, finish_reason: str) -> None:
+        """A sample has ended."""
+        self.whole.observe(time.perf_counter() - self.started)
+        self.ended.labels(self.model, finish_reason).inc()

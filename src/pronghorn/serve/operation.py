@@ -22,7 +22,7 @@ from pronghorn.errors import ParameterError, PromptError, PromptTooLong, Prongho
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from pronghorn.serve.metrics import Metrics
+    from pronghorn.serve.app import Service
 
 log = logging.getLogger("pronghorn.serve")
 
@@ -103,10 +103,10 @@ def read_keys(path: Path | None, variable: str | None) -> tuple[str, ...]:
 class Door:
     """ASGI middleware: a request's name, key and share; its line in the log, and its count."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self.app, self.settings, self.metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service, self.settings = app, service, service.settings
         self.at_once: Counter[str] = Counter()  # requests by key
-        self.names = {key: f"key{i}" for i, key in enumerate(settings.keys, 1)}  # for the log
+        self.names = {key: f"key{i}" for i, key in enumerate(service.settings.keys, 1)}  # for the log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -117,7 +117,8 @@ class Door:
         name = name if re.fullmatch(r"[\w.:/+=-]{1,128}", name, re.ASCII) else f"req-{secrets.token_hex(12)}"
         about: dict[str, Any] = {"request_id": name, "method": scope["method"], "path": scope["path"]}
         scope["pronghorn"] = about
-        status = 0
+        status, asks = 0, int(scope["method"] == "POST")
+        self.service.n_open += asks
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -137,9 +138,10 @@ class Door:
                 raise
             await Refusal(500, "a fault of the server", "server_error").response()(scope, receive, answer)
         finally:
+            self.service.n_open -= asks
             about |= {"status": about.pop("left", status or LEFT), "seconds": round(time.perf_counter() - started, 4)}
             route = about.pop("route", "unknown")
-            self.metrics.http.labels(route, str(about["status"])).inc()
+            self.service.metrics.http.labels(route, str(about["status"])).inc()
             level = logging.DEBUG if route in ("/health", "/metrics") else logging.INFO
             log.log(level, "%s", " ".join(map(str, about.values())), extra={"about": about})
 
