@@ -406,11 +406,15 @@ def run(args: argparse.Namespace) -> None:
         limits = read_thresholds(args.check, names)
         if not args.match and any("match" in part for part in limits.values()):
             raise ParameterError(f"{args.check}: match needs --match N")
-    windows = cut(models[0], read_text(args.file), args.window, args.limit, args.stride, args.protocol)
-    found = evaluate(
-        models, windows, dtypes, kv_dtypes, reference=args.reference, match=args.match, threads=args.threads
-    )
-    found = {"file": args.file, "protocol": args.protocol, "window": args.window, "stride": args.stride, **found}
+    how = {
+        "window": 512 if args.window is None else args.window,
+        "stride": args.stride,
+        "protocol": PROTOCOLS[0] if args.protocol is None else args.protocol,
+    }
+    windows = cut(models[0], read_text(args.file), limit=args.limit, **how)
+    reference, match = "f32" if args.reference is None else args.reference, args.match or 0
+    found = evaluate(models, windows, dtypes, kv_dtypes, reference=reference, match=match, threads=args.threads)
+    found = {"file": args.file, **how, **found}
     for line in table(found):
         print(line)
     if figure:
