@@ -369,7 +369,7 @@ def draw(figure: Any, found: Mapping[str, Any]) -> None:
         axes.set(xlabel="bits a weight", ylabel=label, xscale="log", yscale="log" if log else "linear")
         axes.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
         axes.xaxis.set_minor_formatter("")
-        axes.set_xlim(3.2, 48)
+        axes.set_xlim(3.2, 80)
         axes.grid(visible=True, linewidth=0.4, color="#d0d7de")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
