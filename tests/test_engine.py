@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pronghorn import ParameterError, PromptError, PronghornError, SamplingParams, _native
+from pronghorn import ParameterError, PromptError, PronghornError, QueueFull, SamplingParams, _native
 from pronghorn.engine.engine import Engine
 from pronghorn.engine.pace import Pace
 from pronghorn.engine.pages import ROOT, PagePool
@@ -333,7 +333,7 @@ def test_logits() -> None:
         next(engine.logits(array("i", prompt(201))))
     engine.add(Request(prompt(190), SamplingParams()))
     engine.step()
-    with pytest.raises(PromptError, match="other requests hold"):
+    with pytest.raises(QueueFull, match="other requests hold"):
         next(engine.logits(array("i", prompt(100))))
 
 

@@ -24,10 +24,12 @@ FLOORS = [
     ("ops",),
     ("models",),
     ("engine", "text"),
-    ("generation",),
+    ("generation", "parallel"),
     ("llm",),
     ("async_llm", "batch", "bench", "convert", "harness"),
-    ("evaluate",),
+    ("evaluate", "serve"),
+    ("mixing",),
+    ("quantize",),
     ("cli",),
 ]
 

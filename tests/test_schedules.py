@@ -26,7 +26,8 @@ from tiny import save_tiny
 SOAK = float(os.environ.get("PRONGHORN_SOAK") or 0)
 DTYPES = ("f32", "f16", "bf16", "int8", "int4")
 THREADS = (1, 2, 4)
-PAGE_BYTES = 32 * 2 * 5 * 4 * 8  # of stories260K, times the size of a number
+DRAFTS = (None, "ngram", "self-int8")
+PAGE_VALUES = {"stories260K": 32 * 2 * 5 * 4 * 8, "SmolLM2": 32 * 2 * 30 * 3 * 64}  # keys and values in a page
 N_PROMPTS = 64
 
 
@@ -70,9 +71,9 @@ def told(out: Output) -> list[Any]:
 
 
 @cache
-def model_of(folder: Path, dtype: str, threads: int, prefix_cache: bool, n_pages: int) -> LLM:
-    size = 4 if dtype in ("f32", "f16") else 2
-    return LLM(folder, dtype=dtype, threads=threads, prefix_cache=prefix_cache, kv_memory=n_pages * PAGE_BYTES * size)
+def model_of(path: Path, dtype: str, threads: int, prefix_cache: bool, n_pages: int, draft: str | None = None) -> LLM:
+    page = PAGE_VALUES[path.name.split("-")[0]] * (4 if dtype in ("f32", "f16") else 2)
+    return LLM(path, dtype=dtype, threads=threads, prefix_cache=prefix_cache, kv_memory=n_pages * page, draft=draft)
 
 
 @cache
@@ -94,12 +95,16 @@ class Drawn(Pace):
         return self.draw.choice([1, 2, 7, 31, 32, 33, 100, 512])
 
 
-def check(folder: Path, dtype: str, threads: int, prefix_cache: bool, n_pages: int, seed: int) -> int:
+def check(
+    folder: Path, dtype: str, threads: int, prefix_cache: bool, n_pages: int, draft: str | None, seed: int
+) -> int:
     """A schedule, drawn -> its preemptions."""
     draw = random.Random(seed)
-    llm = model_of(folder, dtype, threads, prefix_cache, n_pages)
+    llm = model_of(folder, dtype, threads, prefix_cache, n_pages, draft)
     engine = llm._engine
     assert engine
+    if engine.speculator:
+        engine.speculator.lengths = draw.choice([None, 1, 3, 8])
     engine.scheduler.pace = Drawn(draw)
     before = engine.stats().preemptions
     coming = draw.sample(range(N_PROMPTS), draw.choice([1, 2, 8, 24, 64]))
@@ -120,7 +125,7 @@ def check(folder: Path, dtype: str, threads: int, prefix_cache: bool, n_pages: i
             if job.finished:
                 del there[i]
                 found, expected = told(job.output()), alone(folder, dtype)[i]
-                assert found == expected, f"prompt {i}, {dtype}, {threads} threads, schedule {seed}"
+                assert found == expected, f"prompt {i}, {dtype}, {threads} threads, draft {draft}, schedule {seed}"
                 for sample, out in enumerate(found):
                     own = [chunk for chunk in chunks[i] if chunk.sample == sample]
                     assert "".join(chunk.text for chunk in own) == out.text
@@ -137,24 +142,34 @@ def stories(test_data: Path) -> Path:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_schedule_gives_the_same(stories: Path, dtype: str) -> None:
     @settings(max_examples=200 if SOAK else 6, deadline=None, database=None)
-    @given(st.sampled_from(THREADS), st.booleans(), st.sampled_from([10, 30, 200]), st.integers(0, 2**32))
-    def drawn(threads: int, prefix_cache: bool, n_pages: int, seed: int) -> None:
-        check(stories, dtype, threads, prefix_cache, n_pages, seed)
+    @given(
+        st.sampled_from(THREADS), st.booleans(), st.sampled_from([10, 30, 200]), st.sampled_from(DRAFTS),
+        st.integers(0, 2**32),
+    )  # fmt: skip
+    def drawn(threads: int, prefix_cache: bool, n_pages: int, draft: str | None, seed: int) -> None:
+        check(stories, dtype, threads, prefix_cache, n_pages, draft, seed)
 
     drawn()
 
 
 def test_pages_run_out_and_nothing_changes(stories: Path) -> None:
     """A tenth of the pages that all would take: they give way again and again."""
-    assert sum(check(stories, "int8", 2, True, 10, seed) for seed in range(3)) > 20
+    assert sum(check(stories, "int8", 2, True, 10, None, seed) for seed in range(3)) > 20
 
 
 @pytest.mark.skipif(not SOAK, reason="PRONGHORN_SOAK is not set: `make soak` runs the whole product")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_whole_product(stories: Path, dtype: str) -> None:
-    for number, options in enumerate(itertools.product(THREADS, (True, False), (10, 30, 200))):
-        for seed in range(3):
+    for number, options in enumerate(itertools.product(THREADS, (True, False), (10, 30, 200), DRAFTS)):
+        for seed in range(2):
             check(stories, dtype, *options, seed=1000 * number + seed)
+
+
+@pytest.mark.skipif(not SOAK, reason="PRONGHORN_SOAK is not set: `make soak` runs it on SmolLM2 too")
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+def test_smollm2(default_model: Path, dtype: str) -> None:
+    for number, draft in enumerate(DRAFTS):
+        check(default_model, dtype, 1 + number % 2, number != 1, 60, draft, seed=number)
 
 
 def resident() -> int:

@@ -162,6 +162,19 @@ class Sampler:
         withheld: Sequence[int],
         min_tokens: int,
     ) -> None: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def plain(self) -> bool:
+        """Whether a token needs its row of logits alone, and a mask: no history, no biases."""
     def choose(
         self,
         logits: Buffer,

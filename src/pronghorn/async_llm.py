@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from pronghorn.engine.engine import Stats
 from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.errors import ParameterError, PronghornError, QueueFull, ShuttingDown
-from pronghorn.generation import Chunk, Job, Output
+from pronghorn.generation import Chunk, Job, Output, Timings
 from pronghorn.llm import LLM, Prompt, check_stream
 
 if TYPE_CHECKING:
-    from pronghorn.engine.scheduler import Request
+    from pronghorn.engine.scheduler import Logprob, Request
 
 SWITCH_INTERVAL = 0.0001  # seconds; CPython's own is 0.005
 LONG = 4000  # characters of a prompt that is not made into tokens on the event loop's time
@@ -270,6 +270,15 @@ class AsyncStream(AsyncIterator[Chunk]):
         """The prompt."""
         request = self._job.generations[0].request
         return request.token_ids[: request.n_prompt].tolist()
+
+    @property
+    def prompt_logprobs(self) -> list[Logprob]:
+        """Those of the prompt from its second token on, where they were asked for, once the first chunk is there."""
+        return self._job.generations[0].request.prompt_logprobs
+
+    def timings(self) -> Timings:
+        """Those of the first sample, so far."""
+        return self._job.generations[0].timings()
 
     def output(self) -> Output:
         """The whole, after the last chunk; after `aclose`, what had come by then."""

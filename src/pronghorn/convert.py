@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from pronghorn.models.positions import llama3
 from pronghorn.text import export
 from pronghorn.weights import Checkpoint, gguf, open_source
 from pronghorn.weights.files import fail, shown
+from pronghorn.weights.quantize import plain
 from pronghorn.weights.types import DTYPES, Tensor
 from pronghorn.weights.writing import QUANTIZED, Part, quantize, write_gguf, write_safetensors
 
@@ -55,19 +56,25 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "auto", *,
         raise ParameterError(f"the type is {dtype!r}: expected one of {', '.join(TYPES)}")
     if dtype in QUANTIZED and not to_gguf:
         raise ParameterError(f"{dtype} is a type of GGUF files, but {shown(str(path))} does not end in .gguf")
-    if os.path.lexists(path) and not force:
-        raise ParameterError(f"{shown(str(path), 4096)} exists already: choose another name, or --force")
-    if force and path.is_dir() != (not to_gguf) and os.path.lexists(path):
-        raise ParameterError(f"{shown(str(path), 4096)} is {'a folder' if to_gguf else 'no folder'}")
-    checkpoint = open_source(source)
-    if path.exists() and any(file.samefile(path) or path in file.parents for file in checkpoint.files):
-        raise ParameterError(f"{shown(str(path), 4096)} is the source itself")
+    checkpoint = open_for(source, path, folder=not to_gguf, force=force)
     model, tensors = model_of(checkpoint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return (_to_gguf if to_gguf else _to_folder)(checkpoint, model, tensors, path, dtype)
     except OSError as error:
         fail(error.filename or path, error.strerror or str(error))
+
+
+def open_for(source: str | Path, path: Path, *, folder: bool, force: bool) -> Checkpoint:
+    """The source's files, where `path` may be written; ParameterError where it may not."""
+    if os.path.lexists(path) and not force:
+        raise ParameterError(f"{shown(str(path), 4096)} exists already: choose another name, or --force")
+    if force and path.is_dir() != folder and os.path.lexists(path):
+        raise ParameterError(f"{shown(str(path), 4096)} is {'no folder' if folder else 'a folder'}")
+    checkpoint = open_source(source)
+    if path.exists() and any(file.samefile(path) or path in file.parents for file in checkpoint.files):
+        raise ParameterError(f"{shown(str(path), 4096)} is the source itself")
+    return checkpoint
 
 
 # Tensors ------------------------------------------------------------------------------------------------------
@@ -78,6 +85,9 @@ class Form(NamedTuple):
 
     transposed: bool
     interleaved: bool
+
+
+FOLDER = Form(transposed=True, interleaved=False)
 
 
 class Arranged(NamedTuple):
@@ -97,8 +107,8 @@ class Arranged(NamedTuple):
 
     def make(self) -> memoryview:
         """The bytes to be written."""
-        tensor, dtype = self.tensor, self.tensor.dtype
-        data = tensor.data
+        tensor = plain(self.parameter, self.tensor)
+        data, dtype = tensor.data, tensor.dtype
         if dtype == self.dtype and self.order is None and not self.turned:
             return data
         rows = self.shape[0] if len(self.shape) > 1 else 1
@@ -192,25 +202,41 @@ def progress(parts: Iterable[Part]) -> Iterable[Part]:
 
 
 def _to_folder(checkpoint: Checkpoint, model: Model, tensors: dict[str, Tensor], path: Path, dtype: str) -> list[str]:
-    arranged = arrange(model, tensors, Form(transposed=True, interleaved=False), dtype, "auto")
+    arranged = arrange(model, tensors, FOLDER, dtype, "auto")
+    types = {item.dtype for item in arranged.values() if item.parameter.kind == "matrix"}
+
+    def write(file: Path, model: Model) -> None:
+        parts = [Part(full_name(model, name), item.dtype, item.shape, item.make) for name, item in arranged.items()]
+        write_safetensors(file, parts, progress)
+
+    return save_folder(checkpoint, model, path, types.pop() if len(types) == 1 else "f32", write)
+
+
+def full_name(model: Model, name: str) -> str:
+    """A parameter's name as checkpoints have it."""
+    return name if name.startswith("lm_head") else model.PREFIX + name
+
+
+def save_folder(
+    checkpoint: Checkpoint, model: Model, path: Path, dtype: str, write: Callable[[Path, Model], None]
+) -> list[str]:
+    """A folder of a model's configuration, its tokenizer, and what `write` makes -> remarks, a line each.
+
+    `write` is given a file's name and the model as that configuration has it. All is there in the end, or nothing.
+    """
     remarks = []
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".converting-"))
     try:
         tokenizer = export.save(checkpoint.tokenizer, temporary)
         if tokenizer is None:
             remarks.append("the model comes without a tokenizer: it will take token ids only")
-        types = {item.dtype for item in arranged.values() if item.parameter.kind == "matrix"}
-        config = _config(checkpoint, types.pop() if len(types) == 1 else "f32")
+        config = _config(checkpoint, dtype)
         if tokenizer and "eos_token_id" not in config:
             config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": next(iter(tokenizer.eos_ids), None)}
-        _compare(checkpoint, model.config, model_for(config, "config.json").config, "config.json")
+        new = model_for(config, "config.json")
+        _compare(checkpoint, model.config, new.config, "config.json")
         (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        prefix = model.PREFIX
-        parts = [
-            Part(name if name.startswith("lm_head") else prefix + name, item.dtype, item.shape, item.make)
-            for name, item in arranged.items()
-        ]
-        write_safetensors(temporary / "model.safetensors", parts, progress)
+        write(temporary / "model.safetensors", new)
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)

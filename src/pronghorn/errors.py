@@ -25,6 +25,10 @@ class PromptError(PronghornError, ValueError):
     """A prompt that cannot be run: too long, or with token ids outside of the vocabulary."""
 
 
+class PromptTooLong(PromptError):
+    """A prompt that the context has no room for; the message has both numbers."""
+
+
 class QueueFull(PronghornError):
     """More requests than may wait: the same one may be taken later."""
 

@@ -56,6 +56,8 @@ class LLM:
     `draft` has tokens proposed, of which the model verifies several at once, and changes no token either: "ngram"
     looks up what followed before, "self-int4" and "self-int8" are the model's own quantized copy, all else names
     another model of the same vocabulary. How many are proposed follows from what it gains, which may be nothing.
+    `tensor_parallel`: ranks among which the model is divided, on so many GPUs of this machine (or, "torch:cpu",
+    processes); under torchrun, those that it has started, of which all but the first end where they load the model.
 
     Generations may overlap, in one thread or in several: they share steps, and no token depends on the company.
 
@@ -81,10 +83,11 @@ class LLM:
         *,
         use_cache: bool = True,
         prefix_cache: bool = True,
+        tensor_parallel: int = 1,
     ) -> None:
         started = time.perf_counter()
-        self.dtype = dtype
-        check_options(dtype, device, threads, draft, kv_dtype, kv_memory)
+        self.dtype, self.device = dtype, device
+        check_options(dtype, device, threads, draft, kv_dtype, kv_memory, tensor_parallel)
         if draft is not None and not use_cache:
             raise ParameterError(f"draft is {draft!r}: drafts need the cache, which use_cache=False does without")
         self._checkpoint = open_model(model)
@@ -96,8 +99,22 @@ class LLM:
         from pronghorn.weights.quantize import prepare
 
         threads = None if threads is None else int(threads)
-        weights = prepare(self._checkpoint, self.model.parameters(), tensors, dtype, threads)
-        config = self.model.config
+        ranked, parameters, self._group = self.model, self.model.parameters(), None
+        if tensor_parallel > 1:
+            from pronghorn import parallel
+
+            ranked = parallel.local_model(self.model, tensor_parallel)
+            arguments: dict[str, Any] = {
+                "model": str(self.path),
+                "dtype": dtype,
+                "device": device,
+                "kv_dtype": kv_dtype,
+            }
+            arguments |= {"kv_memory": kv_memory, "use_cache": use_cache, "tensor_parallel": tensor_parallel}
+            self._group = parallel.Group(tensor_parallel, device, arguments)
+            parameters, tensors = parallel.divided(parameters, tensors, self._group.rank, tensor_parallel)
+        weights = prepare(self._checkpoint, parameters, tensors, dtype, threads, keep=self._group is None)
+        config = ranked.config
         if kv_dtype == "auto":
             kv_dtype = kv_dtype_for(weights)
         self.kv_dtype = kv_dtype
@@ -107,7 +124,8 @@ class LLM:
         all_bytes = token_bytes + (runs_ahead.token_bytes(kv_dtype) if runs_ahead else 0)
         n_pages = pages_for(all_bytes, config.context, sequences, kv_memory)
         try:
-            runner = runner_for(self.model, Module.of(weights), device, threads, n_pages, kv_dtype)
+            more = {"group": self._group, "waits": draft is not None}
+            runner = runner_for(ranked, Module.of(weights), device, threads, n_pages, kv_dtype, **more)
             if runs_ahead:
                 runs_ahead.start(runner, n_pages, kv_dtype)
         except MemoryError:
@@ -118,6 +136,9 @@ class LLM:
             ) from None
         except RuntimeError as error:  # the environment asks for what the machine has not: PRONGHORN_ISA, a device
             raise PronghornError(str(error).partition("\n")[0]) from None
+        if self._group and self._group.rank:
+            self._group.follow(runner)
+            sys.exit(0)
         self._engine: Engine | None = Engine(
             runner,
             n_pages=n_pages,
@@ -135,6 +156,8 @@ class LLM:
             cost = runs_ahead.weight_bytes / bytes_read(self.model, weights)
             self._engine.speculate(runs_ahead.draft(self._engine.pool, cost))
         self.context = self._engine.context
+        self._weights = weights
+        self._headless: Runner | None = None  # whose logits are hidden states
         self._lock = threading.Lock()
         self._came: list[Request] = []  # that the engine has not been given yet
         self._ended: list[Request] = []  # that are no longer wanted, and may hold pages yet
@@ -274,26 +297,70 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each token, float32 [tokens, vocabulary]."""
+        return self._rows(token_ids, self.model.config.vocab_size, lambda engine: engine.runner)
+
+    def hidden(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """What the head would read after each token (the last norm's output), float32 [tokens, embd]."""
+        return self._rows(token_ids, self.model.config.embd, self._without_head)
+
+    def _rows(self, token_ids: Sequence[int], width: int, runner_of: Callable[[Engine], Runner]) -> NDArray[np.float32]:
+        """A runner's rows, float32 [tokens, width], in chunks, between which others may have their steps."""
         import numpy as np
 
-        engine, ids = self._ready(), token_array(token_ids)
-        result = np.empty((len(ids), self.model.config.vocab_size), np.float32)
-        start = 0
+        ids = token_array(token_ids)
+        result = np.empty((len(ids), width), np.float32)
         with self._lock:
-            for rows in engine.logits(ids):
-                chunk = np.frombuffer(rows, np.float32).reshape(-1, result.shape[1])
-                result[start : start + len(chunk)] = chunk
-                start += len(chunk)
+            engine = self._ready()
+            chunks = engine.logits(ids, runner_of(engine))
+        start = 0
+        try:
+            while start < len(ids):
+                with self._lock:
+                    self._ready()
+                    chunk = np.frombuffer(next(chunks), np.float32).reshape(-1, width)
+                    result[start : start + len(chunk)] = chunk
+                    start += len(chunk)
+        finally:
+            with self._lock:
+                chunks.close()
         return result
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _without_head(self, engine: Engine) -> Runner:
+        """The model with the identity for its head, on the same keys and values if it is a native program."""
+        if self._headless is None:
+            import copy
+
+            import numpy as np
+
+            from pronghorn.ops.cpu import CpuRunner
+
+            model = copy.copy(self.model)
+            model.config = config = copy.copy(model.config)
+            config.tied, config.vocab_size = False, config.embd
+            identity = memoryview(np.eye(config.embd, dtype=np.float32).tobytes())
+            weights = {name: w for name, w in self._weights.items() if not name.startswith("lm_head.")}
+            weights["lm_head.weight"] = Dense(identity, "f32", (config.embd, config.embd))
+            n_pages, own = engine.pool.n_pages, engine.runner
+            if isinstance(own, CpuRunner):
+                shared: dict[str, Any] = {"pool": own.pool, "cache": own.cache}
+                self._headless = CpuRunner(
+                    model, Module.of(weights), n_pages=n_pages, kv_dtype=self.kv_dtype, max_tokens=STEP_TOKENS, **shared
+                )
+            else:
+                self._headless = runner_for(model, Module.of(weights), self.device, None, n_pages, self.kv_dtype)
+        return self._headless
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> list[int]:
         """The token ids of a conversation, `[{"role": "user", "content": "..."}, ...]`, in the model's template.
 
         They end where the assistant's turn begins, ready to be generated. The template writes BOS and the like.
+        `tools` are JSON schemas of functions, `options` the template's own variables.
         """
         from pronghorn.text.chat import encode_chat
 
-        return encode_chat(self.tokenizer, messages)
+        return encode_chat(self.tokenizer, messages, tools=tools, **options)
 
     def info(self) -> dict[str, Any]:
         """What the model is and the memory that it needs: see `describe`."""
@@ -307,6 +374,9 @@ class LLM:
             if self._engine:
                 self._ended += [*self._engine.scheduler.running, *self._engine.scheduler.waiting, *self._came]
                 self._settle()
+            if self._engine and self._group:
+                self._group.close()
+            self._headless, self._weights = None, {}
             self._engine = None  # and with it the runner, the KV cache and the weights
 
     def __enter__(self) -> LLM:
@@ -495,7 +565,7 @@ class Driver(Protocol):
 class DraftModel:
     """The model that runs ahead: the LLM's own in fewer bits, or another of the same vocabulary.
 
-    The own one works on the LLM's keys and values, where both are native programs; else it has its own.
+    The own one works on the LLM's keys and values, but for the reference; another has its own.
     """
 
     def __init__(self, name: str, llm: LLM, tensors: Mapping[str, Tensor], device: str, threads: int | None) -> None:
@@ -504,7 +574,7 @@ class DraftModel:
         own = name in ("self-int4", "self-int8")
         checkpoint = llm._checkpoint if own else open_model(name)
         self.device, self.threads = device, threads
-        self.shared = own and device == "cpu"
+        self.shared = own and device != "reference"
         if own:
             self.model = llm.model
         else:
@@ -531,7 +601,8 @@ class DraftModel:
                 cache=cache,
             )  # fmt: skip
         else:
-            self.runner = runner_for(self.model, weights, self.device, self.threads, n_pages, kv_dtype)
+            more = {"cache": getattr(target, "cache", None)} if self.shared else {}
+            self.runner = runner_for(self.model, weights, self.device, self.threads, n_pages, kv_dtype, **more)
 
     def draft(self, pages: PagePool, cost: float) -> ModelDraft:
         """What the engine speculates with; `cost` is that of a token against the LLM's."""
@@ -605,8 +676,15 @@ def check_options(
     draft: str | Path | None = None,
     kv_dtype: str = "auto",
     kv_memory: int | None = None,
+    tensor_parallel: int = 1,
 ) -> None:
     """Raises ParameterError for what no model can make good."""
+    whole("tensor_parallel", tensor_parallel, 1, 1024)
+    if tensor_parallel > 1:
+        if device not in ("cuda", "torch:cpu"):
+            raise ParameterError(f"tensor_parallel is {tensor_parallel}: device {device!r} has no ranks (cuda has)")
+        if draft not in (None, "ngram"):
+            raise ParameterError(f"draft is {draft!r}: with tensor_parallel there is ngram alone")
     if dtype not in DTYPES:
         raise ParameterError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     if kv_dtype not in ("auto", *KV_DTYPES):
@@ -643,8 +721,10 @@ def load_tokenizer(source: Any) -> Tokenizer:
     return open_tokenizer(source)
 
 
-def runner_for(model: Model, weights: Module, device: str, threads: int | None, n_pages: int, kv_dtype: str) -> Runner:
-    """The model made ready on a device."""
+def runner_for(
+    model: Model, weights: Module, device: str, threads: int | None, n_pages: int, kv_dtype: str, **more: Any
+) -> Runner:
+    """The model made ready on a device; `more` is for a TorchRunner."""
     if device == "cpu":
         from pronghorn.ops.cpu import CpuRunner
 
@@ -657,7 +737,10 @@ def runner_for(model: Model, weights: Module, device: str, threads: int | None, 
     try:
         from pronghorn.ops.gpu import TorchRunner
 
-        return TorchRunner(model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS, device=name)
+        return TorchRunner(
+            model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS,
+            device=name, **more,
+        )  # fmt: skip
     except PronghornError as error:  # PyTorch is not there, or has no such device
         raise ParameterError(f"device is {device!r}: expected {DEVICES} ({error})") from None
 
@@ -760,7 +843,9 @@ def describe(checkpoint: Checkpoint, dtype: str = "auto", *, sparsity: bool = Fa
     model, tensors = model_of(checkpoint)
     parameters, config = model.parameters(), model.config
     groups: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
-    for name, (*form, size) in quantize.describe(parameters, tensors, dtype).items():
+    plan = quantize.describe(parameters, tensors, dtype)
+    matrices = [name for name, parameter in parameters.items() if parameter.kind == "matrix"]
+    for name, (*form, size) in plan.items():
         own, target, how = form
         groups.setdefault((own, target, how), []).append((tensors[name].data.nbytes, size))
     weight_bytes = sum(size for sizes in groups.values() for _, size in sizes)
@@ -784,6 +869,9 @@ def describe(checkpoint: Checkpoint, dtype: str = "auto", *, sparsity: bool = Fa
             }
             for (own, target, how), sizes in groups.items()
         ],
+        "matrix_bits": 8
+        * sum(plan[name][3] for name in matrices)
+        / sum(math.prod(parameters[n].shape) for n in matrices),
         "weight_bytes": weight_bytes,
         "kv_bytes": kept,
         "total_bytes": {

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from pronghorn import _native
 from pronghorn.engine.pages import PagePool
 from pronghorn.engine.sampling import sampler
 from pronghorn.engine.scheduler import Logprob, Request, Scheduler
-from pronghorn.errors import ParameterError, PromptError, PronghornError
+from pronghorn.errors import ParameterError, PromptError, PromptTooLong, PronghornError, QueueFull
 from pronghorn.ops import PAGE, Batch, Choice, Chosen, Runner
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Engine:
             raise PromptError("the prompt is empty: it needs at least one token")
         self._check_ids(request.token_ids)
         if request.n_prompt >= self.context:
-            raise PromptError(
+            raise PromptTooLong(
                 f"the prompt has {request.n_prompt} tokens, but {self.holds}, with at least one to generate"
             )
         for name in ("logit_bias", "stop_token_ids"):
@@ -170,17 +170,19 @@ class Engine:
             self._timed.pop(request, None)
             self.scheduler.remove(request)
 
-    def logits(self, ids: array[int], *, n_rows: int = 64) -> Iterator[memoryview]:
+    def logits(
+        self, ids: array[int], runner: Runner | None = None, *, n_rows: int = 64
+    ) -> Generator[memoryview, None, None]:
         """The logits after each of the tokens, in chunks: float32 [at most n_rows, vocabulary] each.
 
-        A chunk is valid until the next one. Nothing is read from the prefix cache.
+        A chunk is valid until the next one. Nothing is read from the prefix cache. `runner`: another on the same pages.
         """
         self._check_ids(ids)
         if len(ids) > self.context:
-            raise PromptError(f"there are {len(ids)} tokens, but {self.holds}")
+            raise PromptTooLong(f"there are {len(ids)} tokens, but {self.holds}")
         pages = self.pool.take(-(-len(ids) // PAGE))
         if pages is None:
-            raise PromptError(f"there are {len(ids)} tokens, but other requests hold the KV cache's pages")
+            raise QueueFull(f"there are {len(ids)} tokens, but other requests hold the KV cache's pages")
         step = min(n_rows, self.scheduler.max_tokens)
         try:
             for start in range(0, len(ids), step):
@@ -188,7 +190,7 @@ class Engine:
                 rows = array("i", range(len(chunk)))
                 positions = array("i", range(start, start + len(chunk)))
                 zeros = array("i", bytes(4 * len(chunk)))
-                yield self.runner.run(Batch(chunk, positions, zeros, array("i", pages), len(pages), rows))
+                yield (runner or self.runner).run(Batch(chunk, positions, zeros, array("i", pages), len(pages), rows))
         finally:
             self.pool.release(pages)
 
@@ -203,6 +205,7 @@ class Engine:
 
     def _batch(self, work: list[tuple[Request, int]], drafts: Mapping[Request, Proposal]) -> Batch:
         batch = Batch(table_width=max(len(request.pages) for request, _ in work))
+        batch.logits_here = any(request.wants_prompt for request, _ in work)
         for row, (request, n_tokens) in enumerate(work):
             start, end, at = request.n_computed, request.n_computed + n_tokens, len(batch.token_ids)
             batch.token_ids.extend(request.token_ids[start:end])

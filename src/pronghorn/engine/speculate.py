@@ -372,7 +372,8 @@ class ModelDraft:
 
     def extend(self, active: list[Proposal]) -> tuple[int, list[Proposal]]:
         """One pass -> its rows, and the proposals that have one more token, and may have another."""
-        batch, budget = Batch(table_width=max(len(p.request.pages) for p in active)), self.max_tokens
+        batch = Batch(table_width=max(len(p.request.pages) for p in active), logits_here=False)
+        budget = self.max_tokens
         spans, reached = [], []
         for row, proposal in enumerate(active):
             request = proposal.request

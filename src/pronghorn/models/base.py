@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 from pronghorn.errors import CheckpointError
 from pronghorn.models.config import Config
 from pronghorn.ops import Ops, X
+from pronghorn.weights.quantize import FORMATS, packed_bytes
 from pronghorn.weights.types import Module, Tensor
 
 
@@ -71,6 +72,9 @@ class Model:
                 raise CheckpointError(f"tensor {tensor.name} is {sides}")
             if re.fullmatch(r"[iu]\d+|bool", tensor.dtype):
                 raise CheckpointError(f"tensor {tensor.name} holds {tensor.dtype}, which is no weight")
+            packed = FORMATS.get(tensor.dtype)
+            if packed and (parameter.kind != "matrix" or tensor.data.nbytes < packed_bytes(parameter, packed)):
+                raise CheckpointError(f"tensor {tensor.name} is not as long as its shape in {tensor.dtype} asks for")
         return {name: found[name] for name in wanted}
 
 

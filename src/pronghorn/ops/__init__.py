@@ -110,7 +110,7 @@ class Batch:
     sequences, L rows of logits.
     """
 
-    __slots__ = ("logits_rows", "page_table", "positions", "sequence", "table_width", "token_ids")
+    __slots__ = ("logits_here", "logits_rows", "page_table", "positions", "sequence", "table_width", "token_ids")
 
     def __init__(
         self,
@@ -120,6 +120,7 @@ class Batch:
         page_table: array[int] | None = None,  # [R, table_width] flat
         table_width: int = 0,  # pages that a sequence may have
         logits_rows: array[int] | None = None,  # [L] indices into N, ascending
+        logits_here: bool = True,  # whether `run` has to give the logits: else `choose` alone reads them
     ) -> None:
         self.token_ids = array("i") if token_ids is None else token_ids
         self.positions = array("i") if positions is None else positions
@@ -127,6 +128,7 @@ class Batch:
         self.page_table = array("i") if page_table is None else page_table
         self.table_width = table_width
         self.logits_rows = array("i") if logits_rows is None else logits_rows
+        self.logits_here = logits_here
 
 
 class Choice(NamedTuple):
@@ -148,7 +150,10 @@ class Runner(Protocol):
     """A model made ready on one device: weights in place, a KV cache of `n_pages` pages."""
 
     def run(self, batch: Batch) -> memoryview:
-        """Executes the batch -> logits, float32 `[len(logits_rows), vocabulary]`, valid until the next run."""
+        """Executes the batch -> logits, float32 `[len(logits_rows), vocabulary]`, valid until the next run.
+
+        Without `batch.logits_here` it may return before it is done, and give none.
+        """
 
     def copy_page(self, source: int, target: int) -> None:
         """Makes a page of the KV cache equal to another, in all layers."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from pronghorn import _native
 from pronghorn.errors import ParameterError
 from pronghorn.ops import KV_DTYPES, PAGE, Attention, Batch, Choice, Chosen, Rope
-from pronghorn.weights.types import Dense, Int4, Int8, Matrix, Module
+from pronghorn.weights.packing import unpack
+from pronghorn.weights.types import Dense, Matrix, Module
 
 Array = NDArray[np.float64]
-
-PANEL = 16  # outputs that are packed together
 
 
 class ReferenceRunner:
@@ -212,68 +211,14 @@ def to_int8(x: Array, group: int) -> Array:
 
 def to_array(weight: Matrix) -> Array:
     """The weight's values: a vector as it is, a matrix as `[n_out, n_in]`."""
-    if isinstance(weight, Int8):
-        return from_int8(weight)
-    if isinstance(weight, Int4):
-        return from_int4(weight)
+    if not isinstance(weight, Dense):
+        return unpack(weight)
     if weight.dtype == "bf16":
         flat = (np.frombuffer(weight.data, np.uint16).astype(np.uint32) << 16).view(np.float32)
     else:
         flat = np.frombuffer(weight.data, {"f32": np.float32, "f16": np.float16}[weight.dtype])
     values = flat.astype(np.float64).reshape(weight.shape)
     return values.T if weight.transposed else values
-
-
-def from_int8(weight: Int8) -> Array:
-    """See weights.types.Int8."""
-    group, n_quads = weight.group or weight.n_in, -(-weight.n_in // 4)
-    n_groups = -(-weight.n_in // group)
-    kind = np.float16 if weight.group else np.float32
-    head = -(-n_groups * PANEL * np.dtype(kind).itemsize // 64) * 64
-    panels = panels_of(weight, head + n_quads * 4 * PANEL)
-    scales = floats(panels[:, :head], kind, n_groups)  # [panels, n_groups, 16]
-    values = panels[:, head:].reshape(-1, n_quads, PANEL, 4).transpose(0, 2, 1, 3)  # [panels, 16, quads, 4]
-    stored = values.reshape(len(panels) * PANEL, -1)[: weight.n_out, : weight.n_in].astype(np.float64)
-    return by_group(scales, group, weight) * (stored - 128)
-
-
-def from_int4(weight: Int4) -> Array:
-    """See weights.types.Int4."""
-    n_groups = -(-weight.n_in // weight.group)
-    sizes = [min(weight.group, weight.n_in - g * weight.group) for g in range(n_groups)]
-    part = -(-n_groups * PANEL * 2 // 64) * 64
-    head = part if weight.symmetric else 2 * part
-    panels = panels_of(weight, head + sum(-(-size // 8) for size in sizes) * 4 * PANEL)
-    scales = by_group(floats(panels[:, :part], np.float16, n_groups), weight.group, weight)
-    quants, at = [], head
-    for size in sizes:
-        end = at + -(-size // 8) * 4 * PANEL
-        octets = panels[:, at:end].reshape(len(panels), -1, PANEL, 4)  # [panels, octets, 16, 4]
-        both = np.concatenate([octets & 15, octets >> 4], axis=3).transpose(0, 2, 1, 3)
-        quants.append(both.reshape(len(panels) * PANEL, -1)[: weight.n_out, :size])
-        at = end
-    q = np.concatenate(quants, axis=1).astype(np.float64)
-    if weight.symmetric:
-        return scales * (q - 8)
-    return scales * q + by_group(floats(panels[:, part:head], np.float16, n_groups), weight.group, weight)
-
-
-def panels_of(weight: Int8 | Int4, size: int) -> NDArray[np.uint8]:
-    """The packed bytes `[panels, size]`, without what stands behind them."""
-    n_panels = -(-weight.n_out // PANEL)
-    return np.frombuffer(weight.data, np.uint8, count=n_panels * size).reshape(n_panels, size)
-
-
-def floats(head: NDArray[np.uint8], kind: Any, n_groups: int) -> Array:
-    """Scales or minima `[panels, n_groups, 16]` of the panels' heads, padding dropped."""
-    numbers = np.ascontiguousarray(head).view(kind)[:, : n_groups * PANEL]
-    return numbers.astype(np.float64).reshape(len(head), n_groups, PANEL)
-
-
-def by_group(numbers: Array, group: int, weight: Int8 | Int4) -> Array:
-    """One number a group and output, `[panels, n_groups, 16]`, for every weight: `[n_out, n_in]`."""
-    rows = numbers.transpose(0, 2, 1).reshape(-1, numbers.shape[1])  # [outputs, n_groups]
-    return np.repeat(rows, group, axis=1)[: weight.n_out, : weight.n_in]
 
 
 if TYPE_CHECKING:

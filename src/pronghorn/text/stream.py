@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pronghorn.errors import CheckpointError
@@ -154,6 +155,19 @@ def plan(decoder: dict[str, Any] | None) -> list[Callable[[], Step]]:
         else:
             raise CheckpointError(f"the tokenizer's decoder has a step {kind} that is not supported at its place")
     return steps
+
+
+def token_bytes(token: str, steps: list[Callable[[], Step]]) -> bytes:
+    """What a token adds within a text, in which it may end or begin amid a character."""
+    if steps and steps[0] is _ByteLevel:
+        with suppress(KeyError):  # an added token, written as it is
+            return bytes(map(_BYTE_OF.__getitem__, token))
+        return token.encode()
+    if _ByteFallback in steps and (match := _ByteFallback._TOKEN.fullmatch(token)):
+        return bytes([int(match[1], 16)])
+    decoder = StreamDecoder(("a", token).__getitem__, steps)
+    decoder.prime([0])
+    return (decoder.push(1) + decoder.finish()).encode()
 
 
 def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pronghorn.errors import CheckpointError, NoTokenizer, PromptError, PronghornError
-from pronghorn.text.stream import StreamDecoder, plan
+from pronghorn.text.stream import StreamDecoder, plan, token_bytes
 from pronghorn.weights.files import fail, map_file, put_file, read_json, shown
 
 if TYPE_CHECKING:
@@ -146,6 +146,14 @@ class Tokenizer:
         if token is None:
             raise PromptError(f"there is no token {token_id} (the vocabulary has {self.vocab_size})")
         return token
+
+    def piece(self, token_id: int) -> tuple[bytes, bool]:
+        """The bytes that a token adds within a text, and whether it is special, so that `decode` leaves it out.
+
+        A token beyond the vocabulary adds nothing.
+        """
+        token = self._backend.id_to_token(token_id)
+        return (b"", True) if token is None else (token_bytes(token, self._steps), token in self._skipped)
 
 
 @contextmanager

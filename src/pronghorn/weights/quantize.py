@@ -55,6 +55,14 @@ BLOCKS = {
 EXACT = ("q4_0", "q4_1", "q8_0")
 """The block formats whose codes and scales are taken over bit for bit."""
 
+FORMATS = {
+    "int8": Target("int8"),
+    **{f"int8-g{group}": Target("int8", group) for group in (32, 64, 128)},
+    **{f"int4-g{group}": Target("int4", group) for group in (32, 64, 128)},
+    **{f"int4-g{group}-sym": Target("int4", group, symmetric=True) for group in (32, 64, 128)},
+}
+"""The dtypes of what `pronghorn quantize` has packed already (see weights.packed): mapped and run as it is."""
+
 QUANTIZED = {"int8": Target("int8", 64), "int4": Target("int4", 32)}
 """What `--dtype int8` and `int4` make of other weights."""
 
@@ -72,19 +80,19 @@ def target_of(parameter: Parameter, tensor: Tensor, dtype: str, head: bool = Fal
     own = tensor.dtype if tensor.dtype in ("f32", "f16", "bf16") else "f32"
     if parameter.kind == "table":
         return Target(dtype if dtype in DTYPES else own)
-    block = BLOCKS.get(tensor.dtype)
+    block = BLOCKS.get(tensor.dtype) or FORMATS.get(tensor.dtype)
     if dtype in DRAFTS:
         return DRAFT_HEAD if head else DRAFTS[dtype][block is not None and block.format == "int4"]
     if dtype == "auto":
         return block or Target(own)
-    if block and tensor.dtype in EXACT and block.format == dtype:
+    if block and (tensor.dtype in EXACT or tensor.dtype in FORMATS) and block.format == dtype:
         return block
     return QUANTIZED.get(dtype) or Target(dtype)
 
 
 def how(parameter: Parameter, tensor: Tensor, target: Target) -> str:
     """What becomes of a weight: "mapped" as it is, "packed" with its own numbers, or "converted" to others."""
-    if tensor.dtype == target.format:
+    if target == FORMATS.get(tensor.dtype, Target(tensor.dtype)):
         return "mapped"
     exact = tensor.dtype in EXACT and target == BLOCKS[tensor.dtype]
     wider = target.format == "f32" and tensor.dtype in ("f16", "bf16")
@@ -110,20 +118,23 @@ def prepare(
     dtype: str,
     threads: int | None = None,
     heads: Collection[str] = (),
+    keep: bool = True,
 ) -> dict[str, Matrix]:
     """The weights by parameter name, ready to run: the file's own bytes, or converted ones from the cache.
+
+    Without `keep` these are made anew, in memory: of tensors that are parts of the file's.
 
     `dtype` is "auto", f32, f16, bf16, int8 or int4, or one of DRAFTS, whose `heads` names the matrices that give the
     logits. Raises CheckpointError for a weight that cannot be converted.
     """
     plan = {name: target_of(p, tensors[name], dtype, name in heads) for name, p in parameters.items()}
-    data = {name: tensors[name].data for name in plan if tensors[name].dtype == plan[name].format}
+    data = {name: tensors[name].data for name in plan if how(parameters[name], tensors[name], plan[name]) == "mapped"}
     todo = {name: packed_bytes(parameters[name], plan[name]) for name in plan if name not in data}
     if todo:
         from pronghorn._native import usable_processors
 
         jobs = Jobs(parameters, tensors, plan, todo, threads or usable_processors())
-        data |= jobs.in_memory() if sum(todo.values()) <= SMALL else jobs.cached(checkpoint, dtype)
+        data |= jobs.in_memory() if not keep or sum(todo.values()) <= SMALL else jobs.cached(checkpoint, dtype)
     return {name: weight(parameters[name], plan[name], data[name]) for name in plan}
 
 
@@ -134,6 +145,21 @@ def weight(parameter: Parameter, target: Target, data: memoryview) -> Matrix:
     if target.format == "int4":
         return Int4(data, *sides(parameter), target.group, target.symmetric)
     return Dense(data, target.format, parameter.shape, parameter.transposed)
+
+
+def plain(parameter: Parameter, tensor: Tensor) -> Tensor:
+    """A packed tensor in f32, in the parameter's own order; any other as it is."""
+    if tensor.dtype not in FORMATS:
+        return tensor
+    import numpy as np
+
+    from pronghorn.weights.packing import unpack
+
+    packed = weight(parameter, FORMATS[tensor.dtype], tensor.data)
+    assert not isinstance(packed, Dense)
+    values = unpack(packed).T if parameter.transposed else unpack(packed)
+    flat = np.ascontiguousarray(values, np.float32).view(np.uint8).reshape(-1)
+    return Tensor(tensor.name, "f32", tensor.shape, flat.data)
 
 
 def sides(parameter: Parameter) -> tuple[int, int]:
@@ -174,7 +200,8 @@ class Jobs:
         from pronghorn._native import Pool, pack
 
         self.pool = self.pool or Pool(self.threads)
-        parameter, tensor, target = self.parameters[name], self.tensors[name], self.plan[name]
+        parameter, target = self.parameters[name], self.plan[name]
+        tensor = plain(parameter, self.tensors[name])
         n_out, n_in = sides(parameter)
         turned = parameter.transposed and target.format not in DTYPES  # a dense target keeps the file's order
         try:

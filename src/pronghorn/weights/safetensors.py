@@ -12,6 +12,9 @@ from pronghorn.weights.types import DTYPES, Tensor
 HEADER_LIMIT = 100_000_000
 """Bytes of a header, as the format's own reader limits it."""
 
+PACKED = "pronghorn.packed"
+"""The key of `__metadata__` that names quantized matrices (see weights.writing.write_safetensors)."""
+
 _DTYPES = {name.upper(): name for name in DTYPES}
 
 
@@ -54,7 +57,36 @@ def read_safetensors(path: Path, view: memoryview) -> dict[str, Tensor]:
         end = next_end
     if end != len(data):
         fail(path, f"holds {len(data)} bytes of data; its tensors cover {end}")
-    return {tensor.name: tensor for _, _, tensor in placed}
+    tensors = {tensor.name: tensor for _, _, tensor in placed}
+    if PACKED in metadata:
+        places = {tensor.name: 8 + length + begin for begin, _, tensor in placed}
+        tensors |= _packed(path, metadata[PACKED], tensors, places)
+    return tensors
+
+
+def _packed(path: Path, text: str, tensors: dict[str, Tensor], places: dict[str, int]) -> dict[str, Tensor]:
+    """The matrices that are in one of weights.quantize.FORMATS, stored as bytes; how many is for the model to check."""
+    from pronghorn.weights.quantize import FORMATS
+
+    found: dict[str, Tensor] = {}
+    for name, entry in parse_json(memoryview(text.encode("utf-8", "replace")), path, f"header: {PACKED}: ").items():
+        entry = entry if isinstance(entry, dict) else {}
+        format, shape = entry.get("format"), entry.get("shape")
+        if name not in tensors or tensors[name].dtype != "u8":
+            fail(path, f"tensor {shown(name)}: {PACKED} names it, but it is not there as U8")
+        if not isinstance(format, str) or format not in FORMATS:
+            fail(path, f"tensor {shown(name)}: the format {shown(str(format))} is not supported")
+        if (
+            not isinstance(shape, list)
+            or not _counts(shape)
+            or len(shape) != 2
+            or not all(0 < n < 1 << 31 for n in shape)
+        ):
+            fail(path, f"tensor {shown(name)}: {shown(str(shape))} is not the shape of a matrix")
+        if places[name] % 64:
+            fail(path, f"tensor {shown(name)}: its data does not begin at a multiple of 64 bytes")
+        found[name] = Tensor(name, format, tuple(shape), tensors[name].data)
+    return found
 
 
 def _tensor(path: Path, name: str, entry: Any, data: memoryview) -> tuple[int, int, Tensor]:

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from pronghorn.weights.files import fail
 from pronghorn.weights.gguf import BLOCKS, TENSOR_TYPES
+from pronghorn.weights.safetensors import PACKED
 from pronghorn.weights.types import DTYPES
 
 if TYPE_CHECKING:
@@ -22,15 +23,18 @@ GGUF_ALIGNMENT = 32
 
 
 class Part(NamedTuple):
-    """A tensor to be written: `make` gives its bytes, when its turn has come."""
+    """A tensor to be written: `make` gives its bytes, when its turn has come; `packed` of them, if it is packed."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     make: Callable[[], memoryview]
+    packed: int = 0
 
     @property
     def nbytes(self) -> int:
+        if self.packed:
+            return self.packed
         values, size = BLOCKS.get(self.dtype) or (1, DTYPES[self.dtype])
         for n in self.shape:
             size *= n
@@ -66,21 +70,42 @@ def replacing(path: Path, size: int) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_safetensors(path: Path, parts: list[Part], progress: Progress) -> None:
-    """One safetensors file of these tensors. OSError if the disk does not take it."""
+@contextmanager
+def safetensors_file(path: Path, parts: Iterable[Part]) -> Iterator[Callable[[Part, memoryview], None]]:
+    """One safetensors file of these tensors, whole or not at all -> what takes a tensor's data, in any order.
+
+    Matrices in one of weights.quantize.FORMATS are stored as bytes, padded to a multiple of 64, before all others, and
+    described in `__metadata__`: "pronghorn.packed" is JSON, {name: {"format": ..., "shape": [...]}}. The shape is that
+    of the checkpoint's own matrix; packed panels are of outputs in any case. OSError if the disk does not take it.
+    """
     import json
 
+    described = {part.name: {"format": part.dtype, "shape": list(part.shape)} for part in parts if part.packed}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without which transformers does not load it
+    if described:
+        header["__metadata__"][PACKED] = json.dumps(described)
     end = 0
-    for part in parts:
-        begin, end = end, end + part.nbytes
-        header[part.name] = {"dtype": part.dtype.upper(), "shape": list(part.shape), "data_offsets": [begin, end]}
+    for part in sorted(parts, key=lambda part: not part.packed):
+        begin, end = end, end + (-(-part.nbytes // 64) * 64 if part.packed else part.nbytes)
+        dtype, shape = ("U8", [end - begin]) if part.packed else (part.dtype.upper(), list(part.shape))
+        header[part.name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % 64)
     with replacing(path, 8 + len(text) + end) as file:
+
+        def put(part: Part, data: memoryview) -> None:
+            file.seek(8 + len(text) + header[part.name]["data_offsets"][0])
+            _write(file, _bytes_of(path, part, data))
+
         _write(file, struct.pack("<Q", len(text)) + text)
+        yield put
+
+
+def write_safetensors(path: Path, parts: list[Part], progress: Progress) -> None:
+    """The same, of tensors that make their own data."""
+    with safetensors_file(path, parts) as put:
         for part in progress(parts):
-            _write(file, _bytes_of(path, part))
+            put(part, part.make())
 
 
 def write_gguf(path: Path, keys: Mapping[str, Any], parts: list[Part], progress: Progress) -> None:
@@ -98,12 +123,11 @@ def write_gguf(path: Path, keys: Mapping[str, Any], parts: list[Part], progress:
     with replacing(path, len(out) + end) as file:
         _write(file, out)
         for part in progress(parts):
-            _write(file, _bytes_of(path, part))
+            _write(file, _bytes_of(path, part, part.make()))
             _write(file, bytes(-part.nbytes % GGUF_ALIGNMENT))
 
 
-def _bytes_of(path: Path, part: Part) -> memoryview:
-    data = part.make()
+def _bytes_of(path: Path, part: Part, data: memoryview) -> memoryview:
     if data.nbytes != part.nbytes:
         fail(path, f"tensor {part.name}: {data.nbytes} bytes where its shape asks for {part.nbytes}")
     return data

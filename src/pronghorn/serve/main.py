@@ -1,0 +1,177 @@
+"""`pronghorn serve`: the process. It listens before the models are there, and ends when it has answered."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from pronghorn import _native
+from pronghorn.async_llm import AsyncLLM
+from pronghorn.errors import ParameterError, PronghornError
+from pronghorn.llm import LLM
+from pronghorn.serve.app import Served, Service, app_of
+from pronghorn.serve.operation import PATIENCE, Settings, log, names_of, read_keys, set_up_logs
+from pronghorn.weights.files import map_file
+
+HEADERS = 64 << 10  # bytes that a request's head may have
+
+
+def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
+    """Serves until a signal says otherwise."""
+    keys = read_keys(Path(args.api_keys) if args.api_keys else None, os.environ.get("PRONGHORN_API_KEYS"))
+    if args.max_per_key is not None and not keys:
+        raise ParameterError("--max-per-key is given, but there are no API keys")
+    settings = Settings(
+        keys=keys,
+        cors=tuple(args.cors or ()),
+        max_body=args.max_body,
+        max_tokens=args.max_tokens,
+        max_waiting=args.max_waiting,
+        max_per_key=args.max_per_key,
+        timeout=args.timeout,
+        pooling=args.pooling,
+        log_prompts=args.log_prompts,
+    )
+    names = names_of(args.model or [])
+    for file in filter(None, (args.tls_cert, args.tls_key)):
+        if not Path(file).is_file():
+            raise ParameterError(f"{file}: there is no such file")
+    set_up_logs(args.log_format)
+    with listen(args.host, args.port) as sock:
+        asyncio.run(serve(args, settings, names, load, sock))
+
+
+@contextlib.contextmanager
+def listen(host: str, port: int) -> Iterator[socket.socket]:
+    """The socket. Connections inherit that a client which is gone without a word, or never reads, is given up."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PATIENCE * 1000)
+        sock.bind(address)
+        sock.listen(2048)
+    except OSError as error:
+        raise PronghornError(f"{host}, port {port}: {error.strerror}") from None
+    with sock:
+        yield sock
+
+
+async def serve(
+    args: argparse.Namespace,
+    settings: Settings,
+    names: dict[str, str | None],
+    load: Callable[[str | None], LLM],
+    sock: socket.socket,
+) -> None:
+    """The server, from listening to its end."""
+    service = Service(settings)
+    config = uvicorn.Config(
+        app_of(service),
+        http="h11",  # which has a limit for headers
+        h11_max_incomplete_event_size=HEADERS,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        ssl_certfile=args.tls_cert,
+        ssl_keyfile=args.tls_key,
+    )
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:  # ours are below
+            yield
+
+    server, loop, asked = Server(config), asyncio.get_running_loop(), asyncio.Event()
+    loaded: asyncio.Future[None] = loop.create_future()
+
+    signals: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            os._exit(128 + number)
+        loop.call_soon_threadsafe(asked.set)
+
+    # Not by the loop's add_signal_handler: it loses a signal when its pipe is full of the engine's words.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+    def load_all() -> None:  # a thread that does not keep the process from ending
+        error = None
+        try:
+            for name, model in names.items():
+                llm = load(model)
+                name = llm.path.name.removesuffix(".gguf") if model is None else name
+                engine = AsyncLLM(llm, max_waiting=settings.max_waiting)
+                service.models[name] = Served(name, engine, int(time.time()), fingerprint(llm))
+        except BaseException as fault:
+            error = fault
+        loop.call_soon_threadsafe(lambda: loaded.set_exception(error) if error else loaded.set_result(None))
+
+    host, port = sock.getsockname()[:2]
+    address = f"http{'s' if args.tls_cert else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+    log.info("%s: loading", address)
+    threading.Thread(target=load_all, name="pronghorn-load", daemon=True).start()
+    serving = asyncio.create_task(server.serve([sock]))
+    waiting = asyncio.create_task(asked.wait())
+    try:
+        either: list[asyncio.Future[Any]] = [loaded, waiting, serving]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not loaded.done():
+            if asked.is_set():
+                os._exit(0)  # nobody has been promised anything
+            return
+        loaded.result()
+        service.status = "ok"
+        log.info("%s: serving %s", address, ", ".join(service.models))
+        if not settings.keys and host not in ("127.0.0.1", "::1"):
+            log.warning("anyone who reaches %s may use this server: it has no API keys", host)
+        await asyncio.wait(either[1:], return_when=asyncio.FIRST_COMPLETED)
+        service.status = "draining"
+        log.info("draining: up to %g seconds", args.drain)
+        engines = [served.engine for served in service.models.values()]
+        drained = await asyncio.gather(*(engine.drain(args.drain) for engine in engines))
+        log.info("drained" if all(drained) else "ended what was still running")
+    finally:
+        for served in service.models.values():
+            await asyncio.to_thread(served.engine.close)
+        server.should_exit = True
+        waiting.cancel()
+        await serving
+        for served in service.models.values():
+            served.llm.close()
+
+
+def fingerprint(llm: LLM) -> str:
+    """A name for all that the answers depend on: what is in the model's files, and how they are run."""
+    parts: list[object] = [_native.isa(), llm.dtype, llm.kv_dtype, llm.device, llm.context]
+    files = {Path(_native.__file__), *map(Path, llm.info()["files"])}
+    folder = llm.path if llm.path.is_dir() else None
+    if folder:
+        files |= {file for suffix in ("json", "txt", "model", "jinja") for file in folder.glob(f"*.{suffix}")}
+    parts += [(file.name, _native.checksum(map_file(file))) for file in sorted(files, key=lambda file: file.name)]
+    parts.append(sys.modules["pronghorn"].__version__)
+    return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"

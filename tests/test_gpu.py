@@ -1,0 +1,284 @@
+"""The GPU's house without a GPU: its kernels in Triton's interpreter and compiled for a GPU that is not there, ranks by
+gloo, and bench/gpu.py on tiny sizes.
+
+What is named `interpreted_...` runs in a process of its own, as Triton must know at its import that it interprets.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pronghorn import LLM, SamplingParams, parallel
+from pronghorn.errors import ConfigError, ParameterError
+from pronghorn.models import model_for
+from pronghorn.weights.types import Tensor
+from tiny import save_tiny
+
+pytest.importorskip("torch")
+FILE = Path(__file__)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def bench() -> Any:
+    """bench/gpu.py, imported."""
+    path = FILE.parents[1] / "bench/gpu.py"
+    if not path.exists():
+        pytest.skip("runs without the repository's bench/")
+    spec = importlib.util.spec_from_file_location("bench_gpu", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- Triton --------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["kernels", "engine"])
+def test_interpreted(name: str, tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    code = f"import sys; sys.path.insert(0, {str(FILE.parent)!r}); import test_gpu; test_gpu.interpreted_{name}()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def interpreted_kernels() -> None:
+    """Each against float64, in memory that is NaN before."""
+    fewer_programs()
+    rows = bench().checks("cpu", tiny=True)
+    assert len(rows) > 30, rows
+    assert not [row for row in rows if row["bits_differ"]]  # by the other rows
+
+
+def interpreted_engine() -> None:
+    """The engine's tokens are the native house's: greedy and sampled, with every filter, and with drafts."""
+    fewer_programs()
+    from pronghorn.ops.gpu import TorchRunner
+
+    path = save_tiny(Path("tiny"), num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    some = {"max_tokens": 2, "ignore_eos": True}
+    jobs = [
+        SamplingParams(max_tokens=3, ignore_eos=True),
+        SamplingParams(temperature=0.8, top_k=9, seed=2**64 - 3, **some),
+        SamplingParams(temperature=1.3, top_p=0.6, min_p=0.02, seed=3, **some),
+        SamplingParams(temperature=1.0, seed=9, repetition_penalty=1.4, **some),
+        SamplingParams(temperature=1.0, seed=4, logprobs=2, prompt_logprobs=0, **some),
+        SamplingParams(temperature=1.0, seed=4, best_of=2, **some),
+    ]
+    if importlib.util.find_spec("llguidance"):
+        jobs.append(SamplingParams(max_tokens=2, temperature=1.0, seed=1, regex="[a-f]+x"))
+    prompts: list[Any] = [[1, 2, 3] * 6, "a", "b", "c", "d", "e", "f"][: len(jobs)]
+    with LLM(path) as native, LLM(path, device="torch:cpu", kv_dtype="f32") as ours:
+        for want, got in zip(native.generate(prompts, jobs), ours.generate(prompts, jobs), strict=True):
+            assert want.token_ids == got.token_ids
+            chances = [[p.logprob for p in out.logprobs or ()] for out in (want, got)]
+            np.testing.assert_allclose(*chances, atol=1e-4)
+        runner: Any = ours._engine and ours._engine.runner
+        assert isinstance(runner, TorchRunner)
+        assert runner.buckets
+
+    # The native house rounds inputs to 8 bits; PyTorch's own operations do not.
+    os.environ["TRITON_INTERPRET"] = "0"
+    with LLM(path, "int4", "torch:cpu", kv_dtype="int8") as plain:
+        want = plain.logits(list(range(20)))
+    os.environ["TRITON_INTERPRET"] = "1"
+    with LLM(path, "int4", "torch:cpu", kv_dtype="int8") as ours:
+        got = ours.logits(list(range(20)))
+    assert np.abs(got - want).max() < 1e-4 * want.std()
+
+    params = SamplingParams(temperature=0.9, seed=2, max_tokens=5, ignore_eos=True)
+    with LLM(path, device="torch:cpu") as plain, LLM(path, device="torch:cpu", draft="self-int8") as drafted:
+        assert drafted._engine
+        assert drafted._engine.speculator
+        drafted._engine.speculator.lengths = 2
+        assert plain.generate("a", params).token_ids == drafted.generate("a", params).token_ids
+        assert drafted.stats().accepted_tokens > 0
+
+
+def fewer_programs() -> None:
+    """Wider blocks: the interpreter takes its time for each program, and none for its width."""
+    import warnings
+
+    from pronghorn.ops import gpu_kernels
+
+    warnings.filterwarnings("error")
+    warnings.filterwarnings("ignore", "overflow encountered in exp")  # of an activation, which is 0 then
+    gpu_kernels.LAYOUTS = dict.fromkeys(gpu_kernels.LAYOUTS, (64, 128, 4))
+    gpu_kernels.SPLITS = 2
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("format", "group", "norm", "gate"),
+    [("bf16", 0, "", False), ("bf16", 0, "rms", True), ("int8", 0, "layer", False), ("int4", 32, "rms", True)],
+)
+def test_products_compile_for_a_gpu_with_wide_loads(format: str, group: int, norm: str, gate: bool) -> None:
+    """Compiled for compute capability 9.0: weights are loaded 16 bytes at once, and registers are not spilled."""
+    import triton
+
+    from pronghorn.ops import gpu_kernels as kernels
+    from pronghorn.ops.gpu import FIELDS
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("nothing is compiled with TRITON_INTERPRET=1")
+    block_n, block_w, warps = kernels.LAYOUTS[format]
+    constants: dict[str, Any] = {
+        "NORM": norm, "ACTIVATION": "silu", "GATE": gate, "FORMAT": format, "GROUP": group, "MINIMA": group > 0,
+        "ZERO": 0, "FIELDS": FIELDS[format], "ROWS": 1, "BLOCK_N": block_n, "BLOCK_W": block_w, "BLOCK_X": 4096,
+        "bias": None, "residual": None,
+    }  # fmt: skip
+    constants |= {} if format.startswith("int") else {"scales": None}
+    constants |= {} if norm else {"norm_weight": None}
+    constants |= {} if norm == "layer" else {"norm_bias": None}
+    pointers = {"words": "*i32", "scales": "*i32" if group else "*fp32"}
+    floats = ("x", "norm_weight", "norm_bias", "out")
+    kernel: Any = kernels.matvec_kernel
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name) or ("*fp32" if name in floats else "i32")
+        for name in kernel.arg_names
+    } | {"eps": "fp32"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name] not in ("constexpr", "fp32") and name != "rows"
+    }
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=target, options=options)
+    assert compiled.asm["ptx"].count("ld.global.v4.b32") >= block_n * (2 if gate else 1)
+    assert ".local" not in compiled.asm["ptx"]
+
+
+# --- bench/gpu.py --------------------------------------------------------------------------------------------------
+
+
+def test_bench_runs_on_tiny_sizes(tmp_path: Path) -> None:
+    rows = bench().main(["--device", "cpu", "--tiny", "--json", str(tmp_path / "gpu.json")])
+    assert (tmp_path / "gpu.json").stat().st_size > 1000
+    by_section = {row["section"]: row for row in rows}
+    assert set(by_section) == {"device", "copy", "checks", "decode", "prompt", "batch", "speculation", "large", "peers"}
+    assert by_section["speculation"]["same_tokens"] is True
+    assert by_section["speculation"]["accepted"] == 1
+    assert not [row for row in rows if "failed" in row]
+
+
+# --- ranks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_parts_of_tensors_make_up_the_whole(size: int) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 255, (8, 12, 4), np.uint8)
+    tensor = Tensor("t", "f32", (8, 12), memoryview(values.reshape(-1)))
+
+    def parts(of: Tensor, axis: int, times: int = 1) -> list[np.ndarray]:
+        found = [parallel.part_of(of, axis, rank, size, times) for rank in range(size)]
+        return [np.frombuffer(part.data, np.uint8).reshape(*part.shape, -1) for part in found]
+
+    for axis in (0, 1):
+        np.testing.assert_array_equal(np.concatenate(parts(tensor, axis), axis), values)
+    if size == 2:
+        three = [np.split(part, 3, axis=1) for part in parts(tensor, 1, times=3)]
+        whole = np.concatenate([np.concatenate(pieces, axis=1) for pieces in zip(*three, strict=True)], axis=1)
+        np.testing.assert_array_equal(whole, values)
+    odd = Tensor("t", "f32", (7, 12), memoryview(values[:7].reshape(-1)))
+    filled = np.concatenate(parts(odd, 0))
+    np.testing.assert_array_equal(filled[:7], values[:7])
+    assert not filled[7:].any()
+    blocks = Tensor("t", "q4_0", (4, 64 * size), memoryview(rng.integers(0, 255, 4 * 2 * size * 18, np.uint8)))
+    pieces = [parallel.part_of(blocks, 1, rank, size).data for rank in range(size)]
+    joined = np.concatenate([np.frombuffer(piece, np.uint8).reshape(4, -1) for piece in pieces], axis=1)
+    np.testing.assert_array_equal(joined.reshape(-1), np.frombuffer(blocks.data, np.uint8))
+    with pytest.raises(ConfigError, match="cannot be divided"):
+        parallel.part_of(blocks._replace(shape=(2 * size, 64)), 1, 0, 2 * size)
+
+
+def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path)
+    with pytest.raises(ConfigError, match="2 key-value heads cannot be divided"):
+        LLM(path, device="torch:cpu", tensor_parallel=4)
+    for more, message in (
+        ({}, "device 'cpu' has no ranks"),
+        ({"device": "torch:cpu", "draft": "self-int4"}, "ngram alone"),
+        ({"device": "torch:cpu", "tensor_parallel": 0}, "tensor_parallel is 0"),
+    ):
+        with pytest.raises(ParameterError, match=message):
+            LLM(path, **{"tensor_parallel": 2, **more})  # type: ignore[arg-type]
+
+
+def in_a_process(function: Callable[..., None], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Calls a function of this file in a fresh interpreter: a process has one group of ranks."""
+    code = f"import sys; sys.path.insert(0, {str(FILE.parent)!r}); import test_gpu; test_gpu.{function.__name__}"
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{code}(*{arguments!r})"], capture_output=True, text=True, check=False
+    )
+
+
+def four_ranks(path: str) -> None:
+    """Logits and tokens as one rank's."""
+    ids = [(7 * i) % 258 for i in range(40)]
+    params = [SamplingParams(max_tokens=8, temperature=t, seed=1, n=2) for t in (0.0, 1.0)]
+    with LLM(path) as alone, LLM(path, device="torch:cpu", tensor_parallel=4) as ranks:
+        want, got = alone.logits(ids), ranks.logits(ids)
+        assert got.shape == want.shape
+        assert np.abs(got - want).max() < 1e-4 * want.std()
+        tokens = [[out.token_ids for out in llm.generate(["hello", "a"], params)] for llm in (alone, ranks)]
+        assert tokens[0] == tokens[1]
+
+
+def test_four_ranks_are_as_one(tmp_path: Path) -> None:
+    save_tiny(tmp_path, num_attention_heads=8, num_key_value_heads=4, vocab_size=259, tie_word_embeddings=False)
+    done = in_a_process(four_ranks, str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def two_ranks(gpt2: str) -> None:
+    """The same of GPT-2, whose q, k and v are one matrix, in the file's order; then a rank is killed."""
+    ids = list(range(30))
+    with LLM(gpt2, device="torch:cpu") as alone:
+        want = alone.logits(ids)
+    ranks = LLM(gpt2, device="torch:cpu", tensor_parallel=2)
+    got = ranks.logits(ids)
+    assert np.abs(got - want).max() < 1e-4 * want.std()
+    group: Any = ranks._group
+    group.crew.processes[0].kill()
+    ranks.generate(ids, SamplingParams(max_tokens=20, ignore_eos=True))
+    print("went on")
+
+
+def test_the_end_of_a_rank_is_the_end_of_all(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 67, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    save_random({"model_type": "gpt2", **sizes}, tmp_path)
+    done = in_a_process(two_ranks, str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert done.stderr == "pronghorn: rank 1 of 2 ended (SIGKILL): it said nothing\n"
+
+
+def save_random(config: dict[str, Any], folder: Path) -> None:
+    """A checkpoint of any configuration, with random weights."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    parameters = model_for(config).parameters()
+    save_file(
+        {name: torch.randn(p.shape, generator=generator) * 0.3 for name, p in parameters.items()},
+        folder / "model.safetensors",
+    )
+    import json
+
+    (folder / "config.json").write_text(json.dumps(config))
