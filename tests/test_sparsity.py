@@ -13,6 +13,7 @@ import variants
 from pronghorn import LLM
 from pronghorn.cli import main
 from pronghorn.convert import convert
+from pronghorn.quantize import quantize
 
 
 def pruned(source: Path, target: Path, form: str) -> tuple[Path, float, int, int]:
@@ -71,5 +72,9 @@ def test_pruned_models(tmp_path: Path, name: str, form: str, capsys: pytest.Capt
     assert main(["info", "-m", str(path), "--sparsity"]) == 0
     said = f"{zeros:.1%} of the weights in matrices are zero; {n_two_of_four} of {n_matrices} matrices are 2:4"
     assert said in capsys.readouterr().out.splitlines()
+    if name == "llama-tied":
+        quantize(path, tmp_path / "quantized", "int8-g32")
+        assert main(["info", "-m", str(tmp_path / "quantized"), "--sparsity"]) == 2
+        assert "is int8-g32: zeros are counted before quantizing" in capsys.readouterr().err
     assert main(["info", "-m", str(path), "--json"]) == 0
     assert "sparsity" not in json.loads(capsys.readouterr().out)

@@ -242,16 +242,16 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--dtype", default="auto", metavar="A,B", help="auto, f32, bf16, int8, int4 (default: auto)")
     add.add_argument("--kv-dtype", default="auto", metavar="A,B", help="auto, f32, bf16, int8 (default: auto)")
     text = "what all is compared with: a dtype of the first model, or another model, in f32 (default: f32)"
-    add.add_argument("--reference", default="f32", metavar="DTYPE|MODEL", help=text)
+    add.add_argument("--reference", metavar="DTYPE|MODEL", help=text)
     add.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
-    add.add_argument("--window", type=int, default=512, metavar="N", help="tokens seen at once (default: 512)")
+    add.add_argument("--window", type=int, metavar="N", help="tokens seen at once (default: 512)")
     add.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the window)")
     text = "pronghorn, or llama.cpp: the second half of each window is scored, as llama-perplexity does"
-    add.add_argument("--protocol", default="pronghorn", help=text)
+    add.add_argument("--protocol", help=text)
     text = "windows, or of each task samples, from the beginning (default: all)"
     add.add_argument("--limit", type=int, metavar="N", help=text)
     text = "generate N tokens from each window, and compare (default: 0)"
-    add.add_argument("--match", type=int, default=0, metavar="N", help=text)
+    add.add_argument("--match", type=int, metavar="N", help=text)
     add.add_argument("--check", metavar="FILE", help="thresholds in TOML: a line for each breach, and exit status 1")
     add.add_argument("--plot", metavar="FILE", help="quality against bits a weight as a picture (the extra `bench`)")
     add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")

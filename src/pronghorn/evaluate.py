@@ -369,7 +369,7 @@ def draw(figure: Any, found: Mapping[str, Any]) -> None:
         axes.set(xlabel="bits a weight", ylabel=label, xscale="log", yscale="log" if log else "linear")
         axes.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
         axes.xaxis.set_minor_formatter("")
-        axes.set_xlim(3.2, 48)
+        axes.set_xlim(3.2, 80)
         axes.grid(visible=True, linewidth=0.4, color="#d0d7de")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -406,11 +406,15 @@ def run(args: argparse.Namespace) -> None:
         limits = read_thresholds(args.check, names)
         if not args.match and any("match" in part for part in limits.values()):
             raise ParameterError(f"{args.check}: match needs --match N")
-    windows = cut(models[0], read_text(args.file), args.window, args.limit, args.stride, args.protocol)
-    found = evaluate(
-        models, windows, dtypes, kv_dtypes, reference=args.reference, match=args.match, threads=args.threads
-    )
-    found = {"file": args.file, "protocol": args.protocol, "window": args.window, "stride": args.stride, **found}
+    how = {
+        "window": 512 if args.window is None else args.window,
+        "stride": args.stride,
+        "protocol": PROTOCOLS[0] if args.protocol is None else args.protocol,
+    }
+    windows = cut(models[0], read_text(args.file), limit=args.limit, **how)
+    reference, match = "f32" if args.reference is None else args.reference, args.match or 0
+    found = evaluate(models, windows, dtypes, kv_dtypes, reference=reference, match=match, threads=args.threads)
+    found = {"file": args.file, **how, **found}
     for line in table(found):
         print(line)
     if figure:

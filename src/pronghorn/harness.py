@@ -159,7 +159,7 @@ def run(
     args: argparse.Namespace, models: Sequence[str | Path | None], dtypes: Sequence[str], kv_dtypes: Sequence[str]
 ) -> None:
     """`pronghorn eval --harness TASKS`."""
-    for name in ("plot", "check", "stride"):
+    for name in ("plot", "check", "window", "stride", "protocol", "match", "reference"):
         if getattr(args, name) is not None:
             raise ParameterError(f"--{name} is for a FILE")
     tasks = [part.strip() for part in args.harness.split(",")]

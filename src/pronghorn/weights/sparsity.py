@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pronghorn.errors import CheckpointError
-from pronghorn.weights.quantize import sides
+from pronghorn.weights.quantize import FORMATS, sides
 from pronghorn.weights.types import Tensor
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ def sparsity(parameters: Mapping[str, Parameter], tensors: Mapping[str, Tensor])
         if parameter.kind != "matrix":
             continue
         tensor = tensors[name]
+        if tensor.dtype in FORMATS:
+            raise CheckpointError(f"tensor {tensor.name} is {tensor.dtype}: zeros are counted before quantizing")
         values = np.empty(parameter.shape, np.float32)
         try:
             pack(tensor.data, tensor.dtype, *sides(parameter), False, values.data.cast("B"), "f32", 0, False, pool)
