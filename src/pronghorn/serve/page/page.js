@@ -210,7 +210,12 @@ $("turns").addEventListener("focusin", showAt);
 $("turns").addEventListener("pointerover", showAt);
 $("turns").addEventListener("focusout", hidePopover);
 $("turns").addEventListener("pointerleave", hidePopover);
-$("sheet").addEventListener("scroll", hidePopover);
+let pinned = true; // the end of the text stays in view, until someone scrolls up
+let bottom = 0; // how far down we scrolled
+$("sheet").addEventListener("scroll", ({ target: { scrollTop, scrollHeight, clientHeight } }) => {
+  hidePopover();
+  pinned = scrollTop > Math.min(bottom, scrollHeight - clientHeight) - 40;
+});
 
 // ------------------------------------------------------------------------------------------------------ one run
 
@@ -291,21 +296,31 @@ async function follow(run, signal) {
   const body = { ...run.body, ...form, stream: true, stream_options: { include_usage: true } };
   const path = chat ? "v1/chat/completions" : "v1/completions";
   const response = await request(path, { method: "POST", body: JSON.stringify(body), signal });
-  figures(run);
-  for await (const event of events(response)) {
-    const [choice] = event.choices;
-    if (choice) {
-      const atEnd = $("sheet").scrollHeight - $("sheet").scrollTop - $("sheet").clientHeight < 40;
-      const tokens = tokensOf(choice);
-      run.answer.add((chat ? choice.delta.content : choice.text) ?? "", tokens);
-      if (tokens.length) run.latest = performance.now();
-      if (tokens.length && !run.first) [run.first, run.early] = [run.latest, run.answer.count];
-      if (atEnd) $("sheet").scrollTop = $("sheet").scrollHeight;
-    }
-    if (choice?.finish_reason) run.ended = choice.finish_reason;
-    if (event.system_fingerprint) run.fingerprint = event.system_fingerprint;
-    if (event.timings) run.timings = event.timings;
+  let frame = 0; // what is shown follows once a frame: tokens may come faster, and each look at the layout costs one
+  const show = () => {
+    frame = 0;
     figures(run);
+    if (pinned) $("sheet").scrollTop = $("sheet").scrollHeight;
+    bottom = $("sheet").scrollTop;
+  };
+  pinned = true;
+  try {
+    for await (const event of events(response)) {
+      const [choice] = event.choices;
+      if (choice) {
+        const tokens = tokensOf(choice);
+        run.answer.add((chat ? choice.delta.content : choice.text) ?? "", tokens);
+        if (tokens.length) run.latest = performance.now();
+        if (tokens.length && !run.first) [run.first, run.early] = [run.latest, run.answer.count];
+      }
+      if (choice?.finish_reason) run.ended = choice.finish_reason;
+      if (event.system_fingerprint) run.fingerprint = event.system_fingerprint;
+      if (event.timings) run.timings = event.timings;
+      frame ||= requestAnimationFrame(show);
+    }
+  } finally {
+    cancelAnimationFrame(frame);
+    show();
   }
   if (expected && run.fingerprint !== expected) {
     notice("the link was made with another build or model than this server's: the text may differ");
