@@ -197,13 +197,13 @@ struct Kernels {
   // y of rows [begin, end): what attend has left, with what stands in partials, over the sums.
   void (*merge)(const Attend&, const Piece* partials, i64 n_partials, float* y, i64 y_stride, i64 begin, i64 end);
 
-  // For sampling: the largest value (NaN is none; -inf if there is no other), its first index (-1 if there is none), and
-  // the sum of exp(scale * (x - shift)) in chunks fixed by n.
+  // For sampling: the largest value (NaN is none; -inf if there is no other), its first index (-1 if there is none),
+  // and the sum of exp(scale * (x - shift)) in chunks fixed by n.
   float (*largest)(const float* x, i64 n);
   i64 (*arg_max)(const float* x, i64 n);
   double (*sum_exp)(const float* x, i64 n, float shift, float scale);
-  // kNoiseCounters blocks of Philox4x32-10 side by side: words[j][i] is word j of the counter (first + i, position, 0, 0).
-  // most[l] is the largest of the words that stand at l modulo kNoiseLanes.
+  // kNoiseCounters blocks of Philox4x32-10 side by side: words[j][i] is word j of the counter (first + i, position, 0,
+  // 0). most[l] is the largest of the words that stand at l modulo kNoiseLanes.
   void (*noise)(std::uint64_t key, std::uint32_t position, std::uint32_t first, std::uint32_t* words,
                 std::uint32_t* most);
 
