@@ -162,7 +162,8 @@ class AsyncLLM:
             self._work.set()
             self._passed.wait_for(lambda: self._n_rounds != before or self._closed)
 
-    def _check_open(self, params: SamplingParams | None) -> None:
+    def check_open(self, params: SamplingParams | None) -> None:
+        """Raises ShuttingDown or QueueFull for a request that would not be taken now."""
         if self._draining:
             raise ShuttingDown("no more requests are taken")
         if self.max_waiting is not None:
@@ -173,14 +174,14 @@ class AsyncLLM:
 
     async def _job(self, prompt: Prompt, params: SamplingParams | None, priority: int, timeout: float | None) -> Job:
         """The prompt made into tokens, and its grammar compiled: elsewhere, where that takes long."""
-        self._check_open(params)
+        self.check_open(params)
         formed = isinstance(params, SamplingParams) and any(getattr(params, name) is not None for name in FORMS)
         if formed or (isinstance(prompt, str) and len(prompt) > LONG):
             return await asyncio.to_thread(self.llm.job, prompt, params, priority, timeout)
         return self.llm.job(prompt, params, priority, timeout)
 
     def _submit(self, job: Job, request_id: str | None) -> AsyncStream:
-        self._check_open(job.generations[0].request.params)  # it took time to make the job
+        self.check_open(job.generations[0].request.params)  # it took time to make the job
         request_id = f"request-{next(self._numbers)}" if request_id is None else request_id
         if (other := self._by_id.get(request_id)) and not other.finished:
             raise ParameterError(f"request_id is {request_id!r}: a request of this name is running")

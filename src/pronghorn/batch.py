@@ -113,7 +113,9 @@ def openai(llm: LLM, line: Line, defaults: Mapping[str, Any]) -> tuple[Any, Samp
 def numbered(values: dict[str, Any]) -> dict[str, Any]:
     """The parameters with token ids as numbers, where JSON had them as keys."""
     if isinstance(biases := values.get("logit_bias"), dict):
-        values["logit_bias"] = {int(key) if key.isdecimal() else key: bias for key, bias in biases.items()}
+        values["logit_bias"] = {
+            int(key) if key.isdecimal() and len(key) < 20 else key: bias for key, bias in biases.items()
+        }
     return values
 
 

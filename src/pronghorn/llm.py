@@ -300,11 +300,22 @@ class LLM:
         """The logits after each token, float32 [tokens, vocabulary]."""
         return self._rows(token_ids, self.model.config.vocab_size, lambda engine: engine.runner)
 
-    def hidden(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """What the head would read after each token (the last norm's output), float32 [tokens, embd]."""
-        return self._rows(token_ids, self.model.config.embd, self._without_head)
+    def hidden(self, token_ids: Sequence[int], stop: threading.Event | None = None) -> NDArray[np.float32]:
+        """What the head would read after each token (the last norm's output), float32 [tokens, embd].
 
-    def _rows(self, token_ids: Sequence[int], width: int, runner_of: Callable[[Engine], Runner]) -> NDArray[np.float32]:
+        Once `stop` is set, from another thread, it ends with a PronghornError.
+        """
+        if self._group:
+            raise ParameterError("tensor_parallel: hidden states are not available from several ranks")
+        return self._rows(token_ids, self.model.config.embd, self._without_head, stop)
+
+    def _rows(
+        self,
+        token_ids: Sequence[int],
+        width: int,
+        runner_of: Callable[[Engine], Runner],
+        stop: threading.Event | None = None,
+    ) -> NDArray[np.float32]:
         """A runner's rows, float32 [tokens, width], in chunks, between which others may have their steps."""
         import numpy as np
 
@@ -317,6 +328,8 @@ class LLM:
         start = 0
         try:
             while start < len(ids):
+                if stop and stop.is_set():
+                    raise PronghornError("it was stopped")
                 with self._lock:
                     self._ready()
                     chunk = np.frombuffer(next(chunks), np.float32).reshape(-1, width)

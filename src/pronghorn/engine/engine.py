@@ -114,9 +114,14 @@ class Engine:
             self._timed[request] = request.deadline
 
     def step(self) -> list[Request]:
-        """Schedules, runs, samples, commits -> the requests that have one more token, or have ended."""
+        """Schedules, runs, samples, commits -> the requests that have one more token, or have ended.
+
+        Where a deadline has passed, it is told at once, and the others' turn comes with the next call.
+        """
         started = self.clock()
-        advanced = self._expire(started)
+        if expired := self._expire(started):  # a step that fails must not swallow them
+            return expired
+        advanced: list[Request] = []
         work = self.scheduler.schedule()
         if not work:
             if self.scheduler.waiting:

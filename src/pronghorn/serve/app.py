@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from importlib import resources
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pronghorn.generation import Chunk, Output
     from pronghorn.llm import LLM, Prompt
 
+MOST_INPUTS = 2048  # of a request for embeddings, as OpenAI has it
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; form-action 'none'",
@@ -48,6 +50,9 @@ PAGE_HEADERS = {
 }
 PAGE_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold events back
+
+RESERVED = {"self", "messages", "tools", "template", "tokenizer", "special_tokens", "add_generation_prompt"}
+"""Names that a template has from us."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 B = TypeVar("B", bound=BaseModel)
@@ -122,7 +127,7 @@ class Service:
         served = self.served(body.model)
         prompts = prompts_of(body.prompt)
         scores = body.max_tokens == 0
-        n_new = 16 if body.max_tokens is None else body.max_tokens
+        n_new = min(16, self.settings.max_tokens or 16) if body.max_tokens is None else body.max_tokens
         params = self.params(
             body,
             max_tokens=max(n_new, 1),
@@ -165,8 +170,15 @@ class Service:
         params = self.params(body, max_tokens=n_new, logprobs=n_top, **options)
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools else None
         messages = [message_of(message) for message in body.messages]
-        ids = await asyncio.to_thread(
-            served.llm.chat_prompt, messages, tools if choice != "none" else None, **(body.chat_template_kwargs or {})
+        variables = body.chat_template_kwargs or {}
+        if taken := RESERVED.intersection(variables):
+            raise Refusal(
+                400, f"chat_template_kwargs: {min(taken)} is not the caller's to set", param="chat_template_kwargs"
+            )
+        served.engine.check_open(params)  # before it costs time
+        ids = await unless_gone(
+            request,
+            asyncio.to_thread(served.llm.chat_prompt, messages, tools if choice != "none" else None, **variables),
         )
         answers = Chats(served, form, one_call=body.parallel_tool_calls is False or form is FORCED)
         return await self.answer(request, served, answers, [ids], params, body)
@@ -218,9 +230,10 @@ class Service:
             if body.stream_options:
                 raise Refusal(400, "stream_options is given, but stream is not true", param="stream_options")
             outs = await unless_gone(request, all_of([self.whole(served, p, params) for p in prompts]))
-            found = answers.whole(outs)
+            # Many alternatives take their time: elsewhere.
+            found = await asyncio.to_thread(answers.whole, outs) if params.logprobs else answers.whole(outs)
             note_usage(note, found)
-            return JSONResponse(found)
+            return await asyncio.to_thread(JSONResponse, found) if params.logprobs else JSONResponse(found)
         streams: list[AsyncStream] = []
         try:
             for prompt in prompts:
@@ -314,7 +327,10 @@ class Service:
         """Texts as vectors: the last hidden states' mean, or the last of them, with length 1."""
         body = await self.read(request, s.EmbeddingRequest)
         served = self.served(body.model)
-        vectors, n_tokens = await unless_gone(request, self.embed(served, prompts_of(body.input)))
+        inputs = prompts_of(body.input)
+        if len(inputs) > MOST_INPUTS:
+            raise Refusal(400, f"input has {len(inputs)} elements: expected at most {MOST_INPUTS}", param="input")
+        vectors, n_tokens = await unless_gone(request, self.embed(served, inputs))
         data = [
             {
                 "object": "embedding",
@@ -327,7 +343,8 @@ class Service:
         ]
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         request.scope["pronghorn"] |= {"model": served.name, "prompt_tokens": n_tokens}
-        return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": usage})
+        found = {"object": "list", "data": data, "model": served.name, "usage": usage}
+        return await asyncio.to_thread(JSONResponse, found)
 
     async def embed(self, served: Served, prompts: Sequence[Prompt]) -> tuple[list[NDArray[np.float32]], int]:
         """The vectors, and how many tokens they are of. One request at a time; the others wait, up to a number."""
@@ -344,7 +361,17 @@ class Service:
                         raise self.too_late()
                     if self.status == "draining":
                         raise ShuttingDown
-                    vector, n = await asyncio.to_thread(embedded, served.llm, prompt, self.settings.pooling)
+                    left = threading.Event()
+                    work = asyncio.ensure_future(
+                        asyncio.to_thread(embedded, served.llm, prompt, self.settings.pooling, left)
+                    )
+                    try:
+                        vector, n = await asyncio.shield(work)
+                    except asyncio.CancelledError:  # the client has left; the thread ends after its step
+                        left.set()
+                        await asyncio.wait([work])
+                        work.exception()
+                        raise
                     vectors.append(vector)
                     n_tokens += n
         finally:
@@ -396,8 +423,10 @@ class Service:
         """The playground's files."""
         name = request.path_params.get("file", "index.html")
         kind = PAGE_TYPES.get(name.rpartition(".")[2])
-        file = resources.files("pronghorn.serve") / "page" / name
-        if kind is None or "/" in name or not file.is_file():
+        file = next(
+            (file for file in (resources.files("pronghorn.serve") / "page").iterdir() if file.name == name), None
+        )
+        if kind is None or file is None:
             raise HTTPException(404)
         return Response(file.read_bytes(), media_type=kind, headers=PAGE_HEADERS)
 
@@ -464,6 +493,8 @@ def parse(data: bytes, kind: type[B]) -> B:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
+        if error.error_count() > 1000:
+            raise Refusal(400, f"the body has {error.error_count()} faults") from None
         found = error.errors(include_url=False, include_context=False, include_input=False)
     unknown = [e for e in found if e["type"] == "extra_forbidden"]
     first = (unknown or found)[0]
@@ -483,14 +514,14 @@ def prompts_of(given: Any) -> list[Any]:
     return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
-def embedded(llm: LLM, prompt: Prompt, pooling: str) -> tuple[NDArray[np.float32], int]:
+def embedded(llm: LLM, prompt: Prompt, pooling: str, left: threading.Event) -> tuple[NDArray[np.float32], int]:
     """A prompt's vector [embd] and its tokens. The mean is taken in float64, in the tokens' order."""
     import numpy as np
 
     ids = llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     if not ids:
         raise PromptError("the input is empty: it needs at least one token")
-    hidden = llm.hidden(ids)
+    hidden = llm.hidden(ids, left)
     vector = hidden[-1].astype(np.float64) if pooling == "last" else hidden.mean(axis=0, dtype=np.float64)
     return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32), len(ids)
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
         log_prompts=args.log_prompts,
     )
     names = names_of(args.model or [])
+    if args.tls_key and not args.tls_cert:
+        raise ParameterError("--tls-key is given, but no --tls-cert")
     for file in filter(None, (args.tls_cert, args.tls_key)):
         if not Path(file).is_file():
             raise ParameterError(f"{file}: there is no such file")
@@ -177,13 +180,22 @@ async def serve(
             signal.signal(number, handler)
 
 
+def find_version(package: str) -> str | None:
+    """Of what is installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def fingerprint(llm: LLM) -> str:
     """A name for all that the answers depend on: what is in the model's files, and how they are run."""
     parts: list[object] = [_native.isa(), llm.dtype, llm.kv_dtype, llm.device, llm.context]
     files = {Path(_native.__file__), *map(Path, llm.info()["files"])}
-    folder = llm.path if llm.path.is_dir() else None
-    if folder:
-        files |= {file for suffix in ("json", "txt", "model", "jinja") for file in folder.glob(f"*.{suffix}")}
+    if llm.path.suffix != ".gguf":  # which has all in it
+        folder = llm.path if llm.path.is_dir() else llm.path.parent
+        files |= {file for suffix in ("json", "txt", "model", "bpe", "jinja") for file in folder.glob(f"*.{suffix}")}
+    parts += [(name, find_version(name)) for name in ("tokenizers", "jinja2", "llguidance", "torch")]
     parts += [(file.name, _native.checksum(map_file(file))) for file in sorted(files, key=lambda file: file.name)]
     parts.append(sys.modules["pronghorn"].__version__)
     return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"

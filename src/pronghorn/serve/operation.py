@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -115,7 +116,7 @@ class Door:
         headers, started = Headers(scope=scope), time.perf_counter()
         name = headers.get("x-request-id", "")
         name = name if re.fullmatch(r"[\w.:/+=-]{1,128}", name, re.ASCII) else f"req-{secrets.token_hex(12)}"
-        about: dict[str, Any] = {"request_id": name, "method": scope["method"], "path": scope["path"]}
+        about: dict[str, Any] = {"request_id": name, "method": scope["method"], "path": quote(scope["path"])}
         scope["pronghorn"] = about
         status, asks = 0, int(scope["method"] == "POST")
         self.service.n_open += asks
@@ -148,7 +149,11 @@ class Door:
     @contextlib.contextmanager
     def _let_in(self, scope: Scope, headers: Headers, about: dict[str, Any]) -> Iterator[None]:
         """Checks the key, and that it has not too many requests already."""
-        path, keys = scope["path"], self.settings.keys
+        path, keys, cors = scope["path"], self.settings.keys, self.settings.cors
+        origin = headers.get("origin")
+        if origin and urlsplit(origin).netloc != headers.get("host") and not {origin, "*"}.intersection(cors):
+            # A page of elsewhere can have a browser send it, though it could not read the answer.
+            raise Refusal(403, f"pages of {origin} may not ask this server (--cors lets them)", code="foreign_origin")
         free = scope["method"] in ("GET", "HEAD") and (path in OPEN or path.startswith("/page/"))
         if not keys or free:
             yield

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
-Texts = Annotated[list[str], Field(min_length=1)]
-Prompts = str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+Whole = Field(min_length=1, fail_fast=True)  # a long list of faults is not made
+Tokens = Annotated[list[TokenId], Whole]
+Texts = Annotated[list[str], Whole]
+Prompts = str | Texts | Tokens | Annotated[list[Tokens], Whole]
 
 
 class Body(BaseModel):
@@ -133,7 +134,7 @@ class SchemaFormat(Body):
 
 
 class ChatRequest(Sampling):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
@@ -160,7 +161,7 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(fail_fast=True)
     model: str | None = None
 
 

@@ -511,8 +511,9 @@ async function models() {
     const { data } = await (await request("v1/models")).json();
     const chosen = field.model.value;
     field.model.replaceChildren(...data.map(({ id }) => new Option(id, id, false, id === chosen)));
-    notice(data.length ? "" : "the model is being loaded");
-    if (data.length) return;
+    const ready = (await fetch("health")).ok; // there may be more to come
+    notice(ready ? "" : "models are being loaded");
+    if (ready) return;
   } catch (error) {
     return notice(error.message);
   }
