@@ -517,9 +517,7 @@ def test_deadlines() -> None:
     assert (running.finish_reason, waiting.finish_reason) == ("timeout", "timeout")
     assert ended[waiting] == 4
     assert ended[running] == 11
-    assert output(running).tolist() == greedy(
-        prompt(90), 10
-    )  # of the steps at 0, 1, ..., 10; that at 4 tells of `waiting`
+    assert output(running).tolist() == greedy(prompt(90), 10)  # steps at 0 to 10; that at 4 tells of `waiting`
     assert not output(waiting)
     assert all_free(engine)
 

@@ -282,14 +282,12 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--keep", type=utf8, action="append", default=[], metavar="WHICH=FORMAT", help=text)
     text = "a text, or token ids in a .npy file, for GPTQ (default: none, and rounding to the nearest)"
     add.add_argument("--calibrate", metavar="FILE", help=text)
-    add.add_argument("--windows", type=int, default=64, metavar="N", help="of it, from the beginning (default: 64)")
-    add.add_argument("--window", type=int, default=512, metavar="N", help="tokens in each (default: 512)")
-    add.add_argument(
-        "--damp", type=float, default=0.01, help="added to the Hessian's diagonal (default: 0.01 of its mean)"
-    )
-    add.add_argument("--block", type=int, default=128, help="inputs whose error is passed on at once (default: 128)")
+    add.add_argument("--windows", type=int, metavar="N", help="of it, from the beginning (default: 64)")
+    add.add_argument("--window", type=int, metavar="N", help="tokens in each (default: 512)")
+    add.add_argument("--damp", type=float, help="added to the Hessian's diagonal (default: 0.01 of its mean)")
+    add.add_argument("--block", type=int, help="inputs whose error is passed on at once (default: 128)")
     add.add_argument("--act-order", action="store_true", help="the inputs with the largest activations first")
-    add.add_argument("--sweeps", type=int, default=3, metavar="N", help="over all weights after GPTQ (default: 3)")
+    add.add_argument("--sweeps", type=int, metavar="N", help="over all weights after GPTQ (default: 3)")
     add.add_argument("--force", action="store_true", help="replace what is there")
 
     add = command("pull", pull, "Fetch a model, and print where it is; -m NAME finds it from then on.")

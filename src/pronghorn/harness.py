@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn._native import log_probabilities
-from pronghorn.engine.sampling import SamplingParams
+from pronghorn.engine.sampling import SamplingParams, whole
 from pronghorn.errors import ParameterError, PromptError, PronghornError
 from pronghorn.llm import LLM
 
@@ -162,6 +162,9 @@ def run(
     for name in ("plot", "check", "window", "stride", "protocol", "match", "reference"):
         if getattr(args, name) is not None:
             raise ParameterError(f"--{name} is for a FILE")
+    for name, least in (("limit", 1), ("fewshot", 0)):
+        if (value := getattr(args, name)) is not None:
+            whole(name, value, least)
     tasks = [part.strip() for part in args.harness.split(",")]
     manager = manager_of(tasks, args.tasks)
     found: list[dict[str, Any]] = []

@@ -111,8 +111,9 @@ class LLM:
                 "kv_dtype": kv_dtype,
             }
             arguments |= {"kv_memory": kv_memory, "use_cache": use_cache, "tensor_parallel": tensor_parallel}
+            rank = int(os.environ.get("RANK", "0"))  # what cannot be divided is said before there are others
+            parameters, tensors = parallel.divided(parameters, tensors, rank, tensor_parallel)
             self._group = parallel.Group(tensor_parallel, device, arguments)
-            parameters, tensors = parallel.divided(parameters, tensors, self._group.rank, tensor_parallel)
         weights = prepare(self._checkpoint, parameters, tensors, dtype, threads, keep=self._group is None)
         config = ranked.config
         if kv_dtype == "auto":
@@ -363,7 +364,10 @@ class LLM:
                     model, Module.of(weights), n_pages=n_pages, kv_dtype=self.kv_dtype, max_tokens=STEP_TOKENS, **shared
                 )
             else:
-                self._headless = runner_for(model, Module.of(weights), self.device, None, n_pages, self.kv_dtype)
+                more = {"cache": getattr(own, "cache", None)}
+                self._headless = runner_for(
+                    model, Module.of(weights), self.device, None, n_pages, self.kv_dtype, **more
+                )
         return self._headless
 
     def chat_prompt(

@@ -22,7 +22,8 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +56,15 @@ class Group:
 
         device = device.removeprefix("torch:")
         self.size, self.crew, method = size, None, "env://"
+        self.amid = False  # whether a step has begun that has not ended
         if "WORLD_SIZE" in os.environ:  # torchrun, or another process's crew
             self.rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
             if int(os.environ["WORLD_SIZE"]) != size:
                 raise ParameterError(f"tensor_parallel is {size}, but there are {os.environ['WORLD_SIZE']} ranks")
         else:
             self.rank = local = 0
+            if distributed.is_initialized():
+                raise ParameterError("tensor_parallel: this process has another model's ranks already")
             if device == "cuda" and torch.cuda.device_count() < size:
                 raise ParameterError(f"tensor_parallel is {size}: there are {torch.cuda.device_count()} CUDA devices")
             self.crew = Crew(size, arguments)
@@ -112,6 +116,13 @@ class Group:
             body = torch.from_numpy(np.concatenate([np.array(a, np.int32) for a in arrays]))
             self.together("broadcast", body, 0, group=self.words)
 
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """What all ranks do together; who leaves amid it leaves the others waiting."""
+        self.amid = True
+        yield
+        self.amid = False
+
     def follow(self, runner: Any) -> None:
         """On the other ranks: does what rank 0 does, until it ends."""
         import torch
@@ -135,6 +146,10 @@ class Group:
         """Ends the others, and leaves."""
         if self.crew:
             self.crew.done = True
+        if self.amid and self.crew:  # they cannot be told
+            for process in self.crew.processes:
+                process.kill()
+            return
         self.send(-2)
         self.distributed.destroy_process_group()
         for process in self.crew.processes if self.crew else ():
@@ -194,6 +209,8 @@ def part_of(tensor: Tensor, axis: int, rank: int, size: int, times: int = 1) -> 
     else:
         from pronghorn.weights.gguf import BLOCKS
 
+        if tensor.dtype not in BLOCKS:
+            raise ConfigError(f"tensor {tensor.name} is {tensor.dtype}: packed weights cannot be divided among ranks")
         block, block_bytes = BLOCKS[tensor.dtype]
     shape = list(tensor.shape)
     inner = axis == len(shape) - 1

@@ -108,15 +108,17 @@ def quantize(
     def write(file: Path, model: Model) -> None:
         if budgeted is None:
             return write_once(file, model, formats)
-        for _ in range(TRIES):
-            write_once(file, model, budgeted.formats())
+        tried: list[dict[str, str]] = []
+        while len(tried) < TRIES and (mixed := budgeted.formats()) not in tried:
+            tried.append(mixed)
+            write_once(file, model, mixed)
             if budgeted.met(file, model):
                 remarks.append(
                     f"KL {budgeted.kl:.5f} from the source, on {MEASURED} windows that were not calibrated with"
                 )
                 return None
         raise ParameterError(
-            f"max_kl is {max_kl:g}: with the kept matrices, {budgeted.kl:.5f} is the least that was reached"
+            f"max_kl is {max_kl:g}: with the kept matrices, {budgeted.least:.5f} is the least that was reached"
         )
 
     try:
@@ -135,11 +137,9 @@ class Budget:
     ) -> None:
         from tqdm import tqdm
 
-        self.meter, self.max_kl, self.kl = meter, max_kl, math.inf
+        self.meter, self.max_kl, self.kl, self.least = meter, max_kl, math.inf, math.inf
         self.chosen = choose(meter.model, "", keep)  # "" is for the budget to say
         self.units = units_of([name for name, format in self.chosen.items() if not format])
-        with tqdm(total=len(self.units) * len(LADDER), desc="measuring", disable=None) as bar:
-            self.costs = costs_of(meter, [name for members in self.units.values() for name in members], bar)
         shapes = {name: meter.parameters[name] for name in self.chosen}
         self.sizes = {
             unit: {format: sum(packed_bytes(shapes[name], FORMATS[format]) for name in members) for format in LADDER}
@@ -154,6 +154,8 @@ class Budget:
             if 8 * least > target_bpw * n:
                 raise ParameterError(f"target_bpw is {target_bpw:g}: {8 * least / n:.3f} is the least that there is")
             self.room = target_bpw * n / 8 - taken
+        with tqdm(total=len(self.units) * len(LADDER), desc="measuring", disable=None) as bar:
+            self.costs = costs_of(meter, [name for members in self.units.values() for name in members], bar)
 
     def formats(self) -> dict[str, str]:
         """The format of each matrix."""
@@ -165,6 +167,7 @@ class Budget:
         checkpoint = open_checkpoint(file.parent)
         weights = prepare(checkpoint, model.parameters(), model.resolve(checkpoint.tensors), "auto")
         self.kl = self.meter.kl(model, weights)
+        self.least = min(self.least, self.kl)
         if self.max_kl is None or self.kl <= self.max_kl:
             return True
         self.most *= 0.9 * self.max_kl / self.kl
@@ -220,10 +223,11 @@ def cut(token_ids: Sequence[int], windows: int, window: int, model: Model, least
     if n < least:
         needed = f"{least} windows have {least * window}" if least > 1 else f"a window has {window}"
         raise PromptError(f"the text to calibrate with has {len(token_ids)} tokens: {needed}")
-    ids = np.array(token_ids[: n * window], np.int64)
-    if ids.max() >= model.config.vocab_size or ids.min() < 0:
-        raise PromptError(f"token id {ids.max()} is outside of the vocabulary (0 to {model.config.vocab_size - 1})")
-    return ids.reshape(n, window)
+    used = token_ids[: n * window]
+    for token_id in (min(used), max(used)):
+        if not 0 <= token_id < model.config.vocab_size:
+            raise PromptError(f"token id {token_id} is outside of the vocabulary (0 to {model.config.vocab_size - 1})")
+    return np.array(used, np.int64).reshape(n, window)
 
 
 class Work:
@@ -333,7 +337,9 @@ class Calibration(ReferenceOps):
         name = module.weight
         w = self.work.load(name)
         if self.quantizes:
-            x, hessian = self.inputs(x, self.work.formats[name])
+            hessian = None
+            if name in self.work.packed:
+                x, hessian = self.inputs(x, self.work.formats[name])
             w = self.work.settle(name, w, self.bar, hessian)
         else:
             self.bar.update(w.size)
@@ -346,7 +352,7 @@ class Calibration(ReferenceOps):
 
     def inputs(self, x: Any, format: str) -> tuple[Floats, Array]:
         """X as weights of this format see it, and its Hessian X^T X; once for several layers that read the same."""
-        group = FORMATS[format].group if format in FORMATS else None
+        group = FORMATS[format].group
         if self.last[0] is not x:
             self.last = (x, {})
         if group not in self.last[1]:
@@ -383,7 +389,8 @@ class Calibration(ReferenceOps):
         """The head's inputs: its outputs are of no use here. One that is the embedding has been settled before."""
         if self.quantizes and not self.work.model.config.tied:
             name = module.weight
-            self.work.settle(name, self.work.load(name), self.bar, self.inputs(x, self.work.formats[name])[1])
+            hessian = self.inputs(x, self.work.formats[name])[1] if name in self.work.packed else None
+            self.work.settle(name, self.work.load(name), self.bar, hessian)
         return x
 
 
@@ -396,10 +403,14 @@ def run(args: argparse.Namespace) -> list[str]:
             raise ParameterError(f"--keep {shown(entry)}: expected WHICH=FORMAT, such as head=int8-g64")
         keep.append((which, format))
     token_ids = None if args.calibrate is None else tokens_of(args.source, args.calibrate)
-    options = Options(args.damp, args.block, args.act_order, args.sweeps)
+    given = {name: getattr(args, name) for name in ("windows", "window", *Options._fields)}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    if given and token_ids is None:
+        raise ParameterError(f"--{next(iter(given)).replace('_', '-')} is for --calibrate")
+    sizes = {name: given.pop(name) for name in ("windows", "window") if name in given}
     return quantize(
         args.source, args.destination, args.format, target_bpw=args.target_bpw, max_kl=args.max_kl, keep=keep,
-        calibration=token_ids, windows=args.windows, window=args.window, options=options, force=args.force,
+        calibration=token_ids, options=Options(**given), force=args.force, **sizes,
     )  # fmt: skip
 
 
@@ -408,12 +419,12 @@ def tokens_of(source: str, file: str) -> list[int]:
     try:
         if file.endswith(".npy"):
             ids = np.load(file, allow_pickle=False)
-            if ids.ndim != 1 or ids.dtype.kind not in "iu":
-                raise PromptError(f"{file}: holds {ids.dtype} {list(ids.shape)}, no list of token ids")
+            if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+                raise PromptError(f"{file}: holds no list of token ids, which is an array of integers [n]")
             return [int(index) for index in ids]
         text = Path(file).read_bytes().decode()
     except OSError as error:
         raise PromptError(f"{file}: {error.strerror}") from None
-    except ValueError as error:  # no text, or no array
+    except (ValueError, EOFError) as error:  # no text, or no array
         raise PromptError(f"{file}: {error}") from None
     return open_tokenizer(open_source(source).tokenizer).encode(text, add_special=False)

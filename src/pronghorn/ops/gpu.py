@@ -16,6 +16,7 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -357,9 +358,14 @@ class TorchRunner:
         self.ends = [[value for value in last if last[value] == n] for n in range(len(self.record.steps))]
         self.logits = torch.empty(0, cfg.vocab_size, device=self.device)  # of the last batch
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> memoryview:
         """See ops.Runner."""
+        with self.group.step() if self.group else nullcontext():
+            return self.compute(batch)
+
+    @torch.inference_mode()
+    def compute(self, batch: Batch) -> memoryview:
+        """One step, of all ranks."""
         self.enter()
         n = len(batch.token_ids)
         if n > self.max_tokens:

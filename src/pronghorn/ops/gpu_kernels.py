@@ -439,6 +439,7 @@ def shape_of(spec: Any, scales: Any) -> dict[str, int]:
 
 def race(logits: Any, inverses: list[float], seeds: list[int], positions: list[int]) -> list[int]:
     """The arg max of each row's logits times `inverses` (0: of the logits) plus Gumbel noise; -1 where it has none."""
+    logits = logits.contiguous()  # ranks' columns may have been cut from wider rows
     rows, size = logits.shape
     block = 1024
     n_blocks = triton.cdiv(size, block)
