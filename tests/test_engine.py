@@ -279,6 +279,22 @@ def test_cancelling_frees_pages() -> None:
     assert engine.step() == []
 
 
+def test_an_expiry_is_told_before_a_step_fails() -> None:
+    now = [0.0]
+    engine = engine_of(clock=lambda: now[0])
+    late, other = Request(prompt(5), SamplingParams(), deadline=1.0), Request(prompt(5, 1), SamplingParams())
+    engine.add(late), engine.add(other)
+    now[0] = 2.0
+
+    def fail(batch: Batch) -> None:
+        raise MemoryError
+
+    engine.runner.fault = fail  # type: ignore[attr-defined]
+    assert engine.step() == [late]
+    with pytest.raises(MemoryError):
+        engine.step()
+
+
 def test_a_fault_in_a_step_leaves_the_engine_whole() -> None:
     """Ctrl-C, or an error of the runner: the step can be taken again."""
     engine = engine_of()

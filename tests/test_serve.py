@@ -450,6 +450,16 @@ def test_hidden_states_are_what_the_head_reads(models: dict[str, Path], device: 
         assert llm.stats().held_pages == 0
 
 
+def test_left_embeddings_end_and_others_go_on(server: Server) -> None:
+    data = json.dumps({"input": ["a" * 2000] * 30, "model": "long"})
+    for _ in range(8):
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            head = f"Host: a\r\nContent-Length: {len(data)}"
+            sock.sendall(f"POST /v1/embeddings HTTP/1.1\r\n{head}\r\n\r\n{data}".encode())
+    assert server.ask("/v1/embeddings", {"input": "a", "model": "long"})[0] == 200
+    server.until(server.idle)
+
+
 def test_models_and_tokens(server: Server, llm: LLM) -> None:
     client = server.client()
     assert [model.id for model in client.models.list()] == ["tiny", "long", "tools"]
@@ -509,6 +519,10 @@ def test_refusals(server: Server) -> None:
         ("/v1/completions", {"prompt": "a", "model": "tiny", "logit_bias": {"x": 1}}, 400, "logit_bias"),
         ("/v1/completions", {"prompt": "a", "model": "tiny", "stream_options": {}}, 400, "stream_options"),
         ("/v1/completions", {"prompt": ["a"] * 161, "model": "tiny", "n": 2}, 400, "322 samples: at most 320"),
+        ("/v1/completions", {"prompt": [{}] * 20_000}, 400, "prompt"),
+        ("/v1/completions", dict.fromkeys(map(str, range(5000)), 0), 400, "the body has 5001 faults"),
+        ("/v1/completions", {"prompt": "a", "model": "tiny", "logit_bias": {"9" * 5000: 1}}, 400, "logit_bias"),
+        ("/v1/embeddings", {"input": ["a"] * 2049, "model": "tiny"}, 400, "input has 2049 elements"),
         ("/v1/completions", {"prompt": "a", "model": "nope"}, 404, "no model 'nope'"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "elf", "content": "a"}]}, 400, "messages.0.role"),
@@ -520,6 +534,12 @@ def test_refusals(server: Server) -> None:
             400,
             "top_logprobs",
         ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user"}], "chat_template_kwargs": {"messages": []}, "model": "tiny"},
+            400,
+            "chat_template_kwargs: messages is not",
+        ),
         ("/v1/completions", b"x" * 200_000, 413, "more than 102400 bytes"),
         ("/nope", {}, 404, "POST /nope: Not Found"),
         ("/health", {}, 405, "Method Not Allowed"),
@@ -527,6 +547,21 @@ def test_refusals(server: Server) -> None:
         server.refused(path, body, status, message)
     found = server.ask("/v1/completions", {"prompt": "x" * 300, "model": "tiny"})[1]
     assert found["error"]["code"] == "context_length_exceeded"
+
+
+def test_pages_of_elsewhere(server: Server, models: dict[str, Path]) -> None:
+    body = {"prompt": "a", "model": "tiny", "max_tokens": 1}
+    for origin in ("http://example.org", "null", f"http://127.0.0.1:{server.port + 1}"):
+        server.refused("/v1/completions", body, 403, f"pages of {origin} may not", origin=origin)
+    assert server.ask("/v1/completions", body, origin=f"http://127.0.0.1:{server.port}")[0] == 200
+    with serving("-m", str(models["tiny"]), "--cors", "http://example.org") as other:
+        status, _, heads = other.ask("/v1/completions", body, origin="http://example.org")
+        assert (status, heads["access-control-allow-origin"]) == (200, "http://example.org")
+
+
+def test_a_path_has_one_line_in_the_log(server: Server) -> None:
+    assert server.ask("/a%0A2000-01-01 b".replace(" ", "%20"))[0] == 404
+    assert "/a%0A2000-01-01%20b" in server.line("2000-01-01")
 
 
 def test_request_ids(server: Server) -> None:
@@ -773,6 +808,7 @@ def test_what_does_not_start(
         (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--port", str(server.port)], "Address already in use"),
         (["--tls-cert", str(tmp_path / "nothing")], "nothing"),
+        (["--tls-key", str(tmp_path / "empty")], "--tls-key is given, but no --tls-cert"),
     ):
         assert main(["serve", "-m", f"a={models['tiny']}", "--port", "0", *args]) == 2
         last = capsys.readouterr().err.splitlines()[-1]
