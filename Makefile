@@ -11,7 +11,7 @@ SOURCES := $(shell find src native -type f ! -name '*.pyc' ! -name '*.so') CMake
 WERROR := $(if $(CI),ON,OFF)
 # Where there are no tiles, the amx kernels are tested on emulated ones.
 EMULATE_AMX := $(shell grep -qs amx_int8 /proc/cpuinfo && echo OFF || echo ON)
-PROCESSORS := $(shell nproc)
+PROCESSORS := $(shell getconf _NPROCESSORS_ONLN)
 NATIVE_TESTS := -G Ninja -DPRONGHORN_MODULE=OFF -DPRONGHORN_TESTS=ON -DPRONGHORN_WERROR=$(WERROR)
 PROMPT := Write two sentences about the sea.
 
