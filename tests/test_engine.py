@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pronghorn import ParameterError, PromptError, PronghornError, QueueFull, SamplingParams, _native
@@ -671,6 +671,7 @@ def check_pool(engine: Engine) -> None:
 
 
 @settings(max_examples=40, deadline=None)
+@example(seed=171, prefix_cache=True, n_pages=9, max_sequences=3)  # a page known by two chains
 @given(st.integers(0, 2**32), st.booleans(), st.sampled_from([5, 9, 40]), st.sampled_from([1, 3, 64]))
 def test_any_schedule(seed: int, prefix_cache: bool, n_pages: int, max_sequences: int) -> None:
     """Arrivals, cancellations, deadlines, priorities, samples, preemptions, chunks: the pages are in order throughout,

@@ -121,12 +121,11 @@ class Engine:
         started = self.clock()
         if expired := self._expire(started):  # a step that fails must not swallow them
             return expired
-        advanced: list[Request] = []
         work = self.scheduler.schedule()
         if not work:
             if self.scheduler.waiting:
                 raise NoPages("the KV cache's pages are all held by others: nothing can run")
-            return advanced
+            return []
         n_decoding = sum(request.n_left == 1 for request, _ in work)
         drafts = self.speculator.propose(work) if self.speculator else {}
         batch = self._batch(work, drafts)
@@ -149,11 +148,10 @@ class Engine:
             self._take(request, next(chosen))
             if proposal := drafts.get(request):
                 self._verify(proposal, logits, row + 1, chosen)
-        advanced += rows
         self._n_steps += 1
         if not drafts:
             self.scheduler.pace.note(n_decoding, len(batch.token_ids) - n_decoding, self.clock() - started)
-        return advanced
+        return list(rows)
 
     def stats(self) -> Stats:
         """See Stats. Any thread may ask, at any time."""

@@ -96,6 +96,8 @@ class PagePool:
         """Notes that a held page is full of these tokens, after the chain before it -> the chain that it ends."""
         key = (chain, token_ids.tobytes())
         if key not in self._page_of:
+            if page in self._key_of:  # by a chain whose beginning was forgotten, and is known anew
+                del self._page_of[self._key_of[page]]
             self._last_chain += 1
             self._page_of[key] = page, self._last_chain
             self._key_of[page] = key
