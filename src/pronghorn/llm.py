@@ -349,25 +349,15 @@ class LLM:
 
             import numpy as np
 
-            from pronghorn.ops.cpu import CpuRunner
-
             model = copy.copy(self.model)
             model.config = config = copy.copy(model.config)
             config.tied, config.vocab_size = False, config.embd
             identity = memoryview(np.eye(config.embd, dtype=np.float32).tobytes())
             weights = {name: w for name, w in self._weights.items() if not name.startswith("lm_head.")}
             weights["lm_head.weight"] = Dense(identity, "f32", (config.embd, config.embd))
-            n_pages, own = engine.pool.n_pages, engine.runner
-            if isinstance(own, CpuRunner):
-                shared: dict[str, Any] = {"pool": own.pool, "cache": own.cache}
-                self._headless = CpuRunner(
-                    model, Module.of(weights), n_pages=n_pages, kv_dtype=self.kv_dtype, max_tokens=STEP_TOKENS, **shared
-                )
-            else:
-                more = {"cache": getattr(own, "cache", None)}
-                self._headless = runner_for(
-                    model, Module.of(weights), self.device, None, n_pages, self.kv_dtype, **more
-                )
+            self._headless = runner_beside(
+                engine.runner, model, Module.of(weights), self.device, None, engine.pool.n_pages, self.kv_dtype
+            )
         return self._headless
 
     def chat_prompt(
@@ -616,18 +606,9 @@ class DraftModel:
     def start(self, target: Runner, n_pages: int, kv_dtype: str) -> None:
         """Makes it ready, beside the runner that it drafts for."""
         weights = Module.of(self.weights)
-        if self.device == "cpu":
-            from pronghorn.ops.cpu import CpuRunner
-
-            assert isinstance(target, CpuRunner)
-            cache = target.cache if self.shared else None
-            self.runner: Runner = CpuRunner(
-                self.model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS, pool=target.pool,
-                cache=cache,
-            )  # fmt: skip
-        else:
-            more = {"cache": getattr(target, "cache", None)} if self.shared else {}
-            self.runner = runner_for(self.model, weights, self.device, self.threads, n_pages, kv_dtype, **more)
+        self.runner: Runner = runner_beside(
+            target, self.model, weights, self.device, self.threads, n_pages, kv_dtype, shared=self.shared
+        )
 
     def draft(self, pages: PagePool, cost: float) -> ModelDraft:
         """What the engine speculates with; `cost` is that of a token against the LLM's."""
@@ -768,6 +749,29 @@ def runner_for(
         )  # fmt: skip
     except PronghornError as error:  # PyTorch is not there, or has no such device
         raise ParameterError(f"device is {device!r}: expected {DEVICES} ({error})") from None
+
+
+def runner_beside(
+    own: Runner,
+    model: Model,
+    weights: Module,
+    device: str,
+    threads: int | None,
+    n_pages: int,
+    kv_dtype: str,
+    *,
+    shared: bool = True,
+) -> Runner:
+    """Another model on the device of `own`; `shared`: on its keys and values too, which the reference keeps apart."""
+    cache = getattr(own, "cache", None) if shared else None
+    if device != "cpu":
+        return runner_for(model, weights, device, threads, n_pages, kv_dtype, **({"cache": cache} if cache else {}))
+    from pronghorn.ops.cpu import CpuRunner
+
+    assert isinstance(own, CpuRunner)
+    return CpuRunner(
+        model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS, pool=own.pool, cache=cache
+    )
 
 
 def kv_bytes(config: Config, kv_dtype: str) -> int:
