@@ -3,6 +3,7 @@
     python bench/company.py busy [-m MODEL] [--dtype D]     inter-token latency beside 16 busy Python threads
     python bench/company.py prompts                         the same while prompts of 400 tokens come in
     python bench/company.py share --streams 32              Python's part of a step
+    python bench/company.py masks --streams 8               what it costs to hold streams to a JSON schema
 
 `busy` measures where the tokens are read, in turns: nothing beside; busy threads beside the engine's thread, for
 several of the interpreter's switch intervals; and busy threads beside a process of the engine's own.
@@ -185,17 +186,62 @@ def python_share(args: argparse.Namespace) -> None:
             )
 
 
+def masked(args: argparse.Namespace) -> None:
+    """`masks`: free streams, then held to a schema, the masks computed before the model runs, and meanwhile."""
+    schema = {
+        "type": "array",
+        "minItems": 1000,
+        "items": {"type": "object", "properties": {"name": {"type": "string"}}},
+    }
+    with LLM(args.model, dtype=args.dtype) as llm:
+        engine = llm._engine
+        assert engine
+        meanwhile = engine._masks
+
+        def before(work: Any) -> Any:
+            found = meanwhile(work)()
+            return lambda: found
+
+        def speed(json_schema: Any) -> float:
+            params = SamplingParams(
+                max_tokens=args.tokens, temperature=0.8, seed=1, json_schema=json_schema, ignore_eos=json_schema is None
+            )
+            jobs = [llm.job([i, *PROMPT], params) for i in range(args.streams)]
+            for job in jobs:
+                llm.submit(job)
+            started = 0.0
+            while not all(job.finished for job in jobs):
+                llm.take_step()
+                for job in jobs:
+                    job.advance()
+                started = started or time.perf_counter()  # each has its first token
+            n_tokens = sum(len(job.requests[0].token_ids) - job.requests[0].n_prompt - 1 for job in jobs)
+            return n_tokens / (time.perf_counter() - started)
+
+        speed(schema)
+        for _ in range(args.rounds):
+            free = speed(None)
+            engine._masks = before  # type: ignore[method-assign]
+            first = speed(schema)
+            engine._masks = meanwhile  # type: ignore[method-assign]
+            print(
+                f"{args.streams} streams: free {free:.0f} tokens/s; in JSON, masks first {first:.0f}, "
+                f"meanwhile {speed(schema):.0f}",
+                flush=True,
+            )
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["busy", "prompts", "share"])
+    parser.add_argument("what", choices=["busy", "prompts", "share", "masks"])
     parser.add_argument("-m", "--model", help="(default: SmolLM2-135M-Instruct)")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
-    {"busy": beside_threads, "prompts": beside_prompts, "share": python_share}[args.what](args)
+    {"busy": beside_threads, "prompts": beside_prompts, "share": python_share, "masks": masked}[args.what](args)
 
 
 if __name__ == "__main__":
