@@ -36,6 +36,7 @@ from pronghorn.engine.speculate import ModelDraft
 from pronghorn.models import Model, model_for
 from pronghorn.ops import PAGE, Attention, Rope
 from pronghorn.ops import gpu as house
+from pronghorn.ops import gpu_weights
 from pronghorn.weights.types import Module
 from shapes import SHAPES, llama
 
@@ -66,19 +67,19 @@ def seconds(function: Callable[[], Any], device: str, repeat: int = 10) -> float
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
-def random_packed(n_out: int, n_in: int, format: str, group: int, device: str, scale: float = 0.02) -> house.Packed:
+def random_packed(n_out: int, n_in: int, format: str, group: int, device: str, scale: float = 0.02) -> gpu_weights.Packed:
     """A matrix with entries of about `scale`; int4 has minima, int8 by channel (group 0) or by groups has none."""
     if format in ("f32", "f16", "bf16"):
-        return house.packed(torch.randn(n_out, n_in, device=device).mul_(scale).to(house.DTYPES[format]), format)
-    fields = house.FIELDS[format]
+        return gpu_weights.packed(torch.randn(n_out, n_in, device=device).mul_(scale).to(gpu_weights.DTYPES[format]), format)
+    fields = gpu_weights.FIELDS[format]
     words = torch.randint(-(2**31), 2**31, (n_out, n_in // fields), dtype=torch.int32, device=device)
     n_groups = -(-n_in // group) if group else 1
     spread = torch.rand(n_out, n_groups, device=device) + 0.5
     if format == "int8":
         scales = spread * (scale / 74)
-        return house.Packed(words, scales.half() if group else scales, "int8", n_in, group, 128)
+        return gpu_weights.Packed(words, scales.half() if group else scales, "int8", n_in, group, 128)
     pairs = torch.stack((spread * (scale / 4.6), spread * (-7.5 * scale / 4.6)), dim=2).half()
-    return house.Packed(words, pairs.view(n_out, -1).view(torch.int32), "int4", n_in, group)
+    return gpu_weights.Packed(words, pairs.view(n_out, -1).view(torch.int32), "int4", n_in, group)
 
 
 def random_weights(model: Model, format: str, group: int, device: str, live_layers: int | None = None) -> Module:
@@ -220,7 +221,7 @@ def check_matmul(device: str, sizes: list[tuple[int, int]], rows_of: tuple[int, 
         (("int8", 0), ("int8", 64), ("int4", 32), ("int4", 128)), sizes, rows_of
     ):
         w, x = random_packed(n_out, n_in, format, group, device, 1.0), torch.randn(rows, n_in, device=device)
-        got = kernels.matmul(house.reordered(x, house.FIELDS[format]), w).double()
+        got = kernels.matmul(gpu_weights.reordered(x, gpu_weights.FIELDS[format]), w).double()
         exact = w.unpack().double()
         want, size = x.double() @ exact.T, x.double().abs() @ exact.abs().T
         what = f"{format}-{group} {n_out}x{n_in} of {rows} rows"
@@ -238,7 +239,7 @@ def check_attention(device: str, lengths: tuple[int, ...], dims: tuple[int, ...]
         width = -(-max(lengths) // PAGE)
         tables = torch.randperm(len(lengths) * width, device=device).view(len(lengths), width).int()
         shape = (2, 2, len(lengths) * width * PAGE, kv_heads, dim)
-        pages = torch.full(shape, 99, dtype=house.DTYPES[kv], device=device)
+        pages = torch.full(shape, 99, dtype=gpu_weights.DTYPES[kv], device=device)
         scales = torch.full((*shape[:-1], 1), torch.nan, device=device) if kv == "int8" else None
         at = torch.cat([torch.arange(n, device=device) for n in lengths]).int()
         table = tables.repeat_interleave(torch.tensor(lengths, device=device), dim=0)

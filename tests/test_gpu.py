@@ -18,9 +18,13 @@ import numpy as np
 import pytest
 
 from pronghorn import LLM, SamplingParams, parallel
-from pronghorn.errors import ConfigError, ParameterError
-from pronghorn.models import model_for
-from pronghorn.weights.types import Tensor
+from pronghorn._native import Pool, pack, packed_size
+from pronghorn.cli import main
+from pronghorn.errors import CheckpointError, ConfigError, ParameterError
+from pronghorn.models import Parameter, model_for
+from pronghorn.weights import quantize
+from pronghorn.weights.packing import unpack
+from pronghorn.weights.types import Int8, Tensor, Unquantized
 from tiny import save_tiny
 
 pytest.importorskip("torch")
@@ -130,7 +134,7 @@ def test_products_compile_for_a_gpu_with_wide_loads(format: str, group: int, nor
     import triton
 
     from pronghorn.ops import gpu_kernels as kernels
-    from pronghorn.ops.gpu import FIELDS
+    from pronghorn.ops.gpu_weights import FIELDS
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("nothing is compiled with TRITON_INTERPRET=1")
@@ -161,6 +165,86 @@ def test_products_compile_for_a_gpu_with_wide_loads(format: str, group: int, nor
     compiled = triton.compile(source, target=target, options=options)
     assert compiled.asm["ptx"].count("ld.global.v4.b32") >= block_n * (2 if gate else 1)
     assert ".local" not in compiled.asm["ptx"]
+
+
+# --- quantizing ----------------------------------------------------------------------------------------------------
+
+
+def edges(n_out: int, n_in: int) -> np.ndarray:
+    """Weights of which the rows differ in kind: usual ones, one sign, zeros of both, constants, ties, tiny, large."""
+    rng = np.random.default_rng(n_in)
+    w = rng.standard_normal((n_out, n_in), np.float32) * np.float32(0.05)
+    w[1], w[2] = abs(w[1]), -abs(w[2])
+    w[3], w[4], w[5] = 0, -0.0, np.where(rng.random(n_in) < 0.5, np.float32(-0.0), np.float32(0))
+    w[6], w[7] = 0.3, -0.7
+    w[8] = rng.integers(-15, 16, n_in) / 2  # halves are rounded to even
+    w[9], w[10] = w[9] * 1e-6, w[10] * 1e-38  # scales are subnormal in f16, or nothing
+    w[11] = w[11] / abs(w[11]).max() * 60000
+    w[12, ::3], w[13, 5:] = 0, -0.0
+    w[14] = np.maximum(w[14], 0)
+    return w
+
+
+@pytest.mark.parametrize("form", list(quantize.FORMATS))
+def test_a_device_quantizes_as_the_cpu_does(form: str) -> None:
+    """Bit for bit: codes, scales and minima, in each dtype and order, with a short last group."""
+    import torch
+
+    from pronghorn.ops import gpu_weights
+
+    target, device = quantize.FORMATS[form], torch.device("cpu")
+    gpu_weights.CHUNK = 1000  # rows are taken in several parts
+    for n_in, kind, turned in ((256, "f32", False), (300, "bf16", False), (20, "f16", True), (300, "f32", True)):
+        values = edges(16, n_in)[: 16 if kind == "f32" else 15]
+        tensor = torch.from_numpy(values.T.copy() if turned else values).to(gpu_weights.DTYPES[kind])
+        data = memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
+        parameter = Parameter(tuple(tensor.shape), "matrix", turned)
+        ours = quantize.unquantized({"w": parameter}, {"w": Tensor("w", kind, parameter.shape, data)}, "int4")["w"]
+        size = packed_size(target.format, *values.shape, target.group, target.symmetric)
+        room = memoryview(bytearray(size))
+        pack(data, kind, *values.shape, turned, room, *target, Pool(1))
+        want = gpu_weights.codes_of(quantize.weight(parameter, target, room), device)  # type: ignore[arg-type]
+        got = gpu_weights.quantized(ours._replace(**target._asdict()), device)
+        for one, other in zip(want, got, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                assert one.dtype == other.dtype
+                assert one.numpy().tobytes() == other.numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e30])
+def test_what_cannot_be_quantized_is_refused_as_on_the_cpu(tmp_path: Path, dtype: str, value: float) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = save_tiny(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = value
+    save_file(tensors, path / "model.safetensors")
+    said = []
+    for device in ("cpu", "torch:cpu"):
+        with pytest.raises(CheckpointError, match=f"^tensor {name} .f32. holds values that are not finite") as caught:
+            LLM(path, dtype, device)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+def test_a_packed_file_is_loaded_as_it_is(tmp_path: Path) -> None:
+    """What `pronghorn quantize` has packed is not quantized again."""
+    import torch
+
+    from pronghorn.ops import gpu_weights
+
+    path, packed = save_tiny(tmp_path / "plain"), tmp_path / "packed"
+    assert main(["quantize", str(path), str(packed), "--format", "int8-g32"]) == 0
+    with LLM(packed, device="torch:cpu") as ours:
+        found = [w for w in ours._weights.values() if isinstance(w, Int8)]
+        assert len(found) == 15
+        assert not [w for w in ours._weights.values() if isinstance(w, Unquantized)]
+        for w in found:
+            got = gpu_weights.Weights(torch.device("cpu"), None).load(w)
+            np.testing.assert_array_equal(got.numpy(), unpack(w))
 
 
 # --- bench/gpu.py --------------------------------------------------------------------------------------------------

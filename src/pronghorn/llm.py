@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overloa
 from pronghorn.engine.engine import Engine, NoPages, Stats
 from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.engine.scheduler import Request, token_array
-from pronghorn.errors import NoTokenizer, ParameterError, PromptError, PronghornError
+from pronghorn.errors import CheckpointError, NoTokenizer, ParameterError, PromptError, PronghornError
 from pronghorn.generation import Chunk, Cost, Generation, Interrupted, Job, Output, Stream
 from pronghorn.models import Config, Model, model_of
 from pronghorn.ops import KV_DTYPES, PAGE, Runner
 from pronghorn.weights import Checkpoint, ahead, open_checkpoint
-from pronghorn.weights.types import Dense, Matrix, Module, Tensor
+from pronghorn.weights.types import Dense, Matrix, Module, Tensor, Unquantized
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pronghorn.engine.grammar import Vocabulary
     from pronghorn.engine.pages import PagePool
     from pronghorn.engine.speculate import ModelDraft
+    from pronghorn.models import Parameter
     from pronghorn.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")
@@ -96,8 +97,6 @@ class LLM:
         self._tokenizer = Tried(lambda: load_tokenizer(source))
         self.model, tensors = model_of(self._checkpoint)
 
-        from pronghorn.weights.quantize import prepare
-
         threads = None if threads is None else int(threads)
         ranked, parameters, self._group = self.model, self.model.parameters(), None
         if tensor_parallel > 1:
@@ -114,7 +113,7 @@ class LLM:
             rank = int(os.environ.get("RANK", "0"))  # what cannot be divided is said before there are others
             parameters, tensors = parallel.divided(parameters, tensors, rank, tensor_parallel)
             self._group = parallel.Group(tensor_parallel, device, arguments)
-        weights = prepare(self._checkpoint, parameters, tensors, dtype, threads, keep=self._group is None)
+        weights = weights_for(device, self._checkpoint, parameters, tensors, dtype, threads, keep=self._group is None)
         config = ranked.config
         if kv_dtype == "auto":
             kv_dtype = kv_dtype_for(weights)
@@ -584,8 +583,6 @@ class DraftModel:
     """
 
     def __init__(self, name: str, llm: LLM, tensors: Mapping[str, Tensor], device: str, threads: int | None) -> None:
-        from pronghorn.weights.quantize import prepare
-
         own = name in ("self-int4", "self-int8")
         checkpoint = llm._checkpoint if own else open_model(name)
         self.device, self.threads = device, threads
@@ -596,7 +593,7 @@ class DraftModel:
             self.model, tensors = model_of(checkpoint)
             check_vocabulary(name, checkpoint, self.model, llm)
         dtype, heads = name if own else "auto", (self.model.EMBEDDING, "lm_head.weight")
-        self.weights = prepare(checkpoint, self.model.parameters(), tensors, dtype, threads, heads)
+        self.weights = weights_for(device, checkpoint, self.model.parameters(), tensors, dtype, threads, heads)
         self.weight_bytes = bytes_read(self.model, self.weights)
 
     def token_bytes(self, kv_dtype: str) -> int:
@@ -727,6 +724,24 @@ def load_tokenizer(source: Any) -> Tokenizer:
     return open_tokenizer(source)
 
 
+def weights_for(
+    device: str,
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, Parameter],
+    tensors: Mapping[str, Tensor],
+    dtype: str,
+    threads: int | None,
+    heads: tuple[str, ...] = (),
+    keep: bool = True,
+) -> dict[str, Matrix | Unquantized]:
+    """The weights ready to run (see weights.quantize.prepare); PyTorch's devices quantize themselves what they can."""
+    from pronghorn.weights.quantize import prepare, unquantized
+
+    there = {} if device in ("cpu", "reference") else unquantized(parameters, tensors, dtype, heads)
+    rest = {name: parameter for name, parameter in parameters.items() if name not in there}
+    return {**prepare(checkpoint, rest, tensors, dtype, threads, heads, keep), **there}
+
+
 def runner_for(
     model: Model, weights: Module, device: str, threads: int | None, n_pages: int, kv_dtype: str, **more: Any
 ) -> Runner:
@@ -747,6 +762,8 @@ def runner_for(
             model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS,
             device=name, **more,
         )  # fmt: skip
+    except CheckpointError:  # of a weight that cannot be quantized there
+        raise
     except PronghornError as error:  # PyTorch is not there, or has no such device
         raise ParameterError(f"device is {device!r}: expected {DEVICES} ({error})") from None
 
@@ -843,21 +860,22 @@ def room_of(group: Path) -> float:
     return math.inf
 
 
-def kv_dtype_for(weights: Mapping[str, Matrix]) -> str:
+def kv_dtype_for(weights: Mapping[str, Matrix | Unquantized]) -> str:
     """The dtype of keys and values by default."""
     return "f32" if all(isinstance(w, Dense) and w.dtype != "bf16" for w in weights.values()) else "bf16"
 
 
-def weights_read(model: Model, weights: Mapping[str, Matrix]) -> dict[str, Matrix]:
+def weights_read(model: Model, weights: Mapping[str, T]) -> dict[str, T]:
     """The weights that decoding a token reads as a whole: not the tables of which it looks up a row."""
     kinds = {name: parameter.kind for name, parameter in model.parameters().items()}
     looked_up = set() if model.config.tied else {model.EMBEDDING}
     return {name: w for name, w in weights.items() if kinds[name] != "table" and name not in looked_up}
 
 
-def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
+def bytes_read(model: Model, weights: Mapping[str, Matrix | Unquantized]) -> int:
     """Bytes of weights that decoding a token reads."""
-    return sum(weight.data.nbytes for weight in weights_read(model, weights).values())
+    read = weights_read(model, weights).values()
+    return sum(weight.nbytes if isinstance(weight, Unquantized) else weight.data.nbytes for weight in read)
 
 
 def describe(checkpoint: Checkpoint, dtype: str = "auto", *, sparsity: bool = False) -> dict[str, Any]:
