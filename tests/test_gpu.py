@@ -7,9 +7,11 @@ What is named `interpreted_...` runs in a process of its own, as Triton must kno
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ def bench() -> Any:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["kernels", "engine"])
+@pytest.mark.parametrize("name", ["kernels", "engine", "sampler"])
 def test_interpreted(name: str, tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     code = f"import sys; sys.path.insert(0, {str(FILE.parent)!r}); import test_gpu; test_gpu.interpreted_{name}()"
@@ -64,6 +66,7 @@ def interpreted_kernels() -> None:
     fewer_programs()
     rows = bench().checks("cpu", tiny=True)
     assert len(rows) > 30, rows
+    assert not [row for row in rows if not row["error"] <= row["bound"]]
     assert not [row for row in rows if row["bits_differ"]]  # by the other rows
 
 
@@ -110,6 +113,38 @@ def interpreted_engine() -> None:
         drafted._engine.speculator.lengths = 2
         assert plain.generate("a", params).token_ids == drafted.generate("a", params).token_ids
         assert drafted.stats().accepted_tokens > 0
+
+
+def interpreted_sampler() -> None:
+    """The native house's tokens, or its reasons for none: NaN, infinity, masks that leave nothing, or hide a NaN."""
+    import torch
+
+    from pronghorn._native import choose_rows
+    from pronghorn.engine.sampling import sampler
+    from pronghorn.ops import Choice, gpu_kernels, gpu_sampling
+
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((9, 2050)).astype(np.float32)
+    logits[1, 2049], logits[2, 1030], logits[3, :] = np.nan, np.inf, -np.inf
+    logits[4, 7] = np.nan
+    logits[6, 5:] = -np.inf
+    mask = np.zeros(65, np.uint32)
+    mask[1] = 6  # tokens 33 and 34
+    masks = {4: mask, 5: np.zeros(65, np.uint32), 6: mask, 7: mask}
+    for params in (
+        SamplingParams(),
+        SamplingParams(temperature=0.8, top_p=0.9),
+        SamplingParams(temperature=1.0, top_k=3),
+    ):
+        choices = [
+            Choice(sampler(params, 5, ()), row, array("i", range(3)), 3, masks.get(row), None)
+            for row in range(len(logits))
+        ]
+        want = choose_rows(logits, logits.shape[1], choices)
+        got = gpu_sampling.choose(torch.from_numpy(logits), choices, gpu_kernels)
+        assert got == want, (got, want)
+        assert [isinstance(chosen, str) for chosen in got] == [False, True, True, True, True, True, True, False, False]
+        assert len({chosen for chosen in got if isinstance(chosen, str)}) == 2
 
 
 def fewer_programs() -> None:
@@ -251,13 +286,37 @@ def test_a_packed_file_is_loaded_as_it_is(tmp_path: Path) -> None:
 
 
 def test_bench_runs_on_tiny_sizes(tmp_path: Path) -> None:
-    rows = bench().main(["--device", "cpu", "--tiny", "--json", str(tmp_path / "gpu.json")])
-    assert (tmp_path / "gpu.json").stat().st_size > 1000
+    module = bench()
+    rows = module.main(["--device", "cpu", "--tiny", "--json", str(tmp_path / "gpu.json")])
+    assert json.loads((tmp_path / "gpu.json").read_text()) == rows
     by_section = {row["section"]: row for row in rows}
-    assert set(by_section) == {"device", "copy", "checks", "decode", "prompt", "batch", "speculation", "large", "peers"}
+    assert set(by_section) == {"device", "prompt", *module.SECTIONS} - {"tune"}
     assert by_section["speculation"]["same_tokens"] is True
     assert by_section["speculation"]["accepted"] == 1
+    assert {row["model"] for row in rows if row.get("peer") == "method"} == {"tiny", "tiny-gpt2"}
     assert not [row for row in rows if "failed" in row]
+
+
+FAILING = """import sys, time, os, test_gpu
+bench = test_gpu.bench()
+bench.SECTIONS |= {
+    "raises": (1, lambda r: 1 / 0), "hangs": (1e-9, lambda r: time.sleep(999)), "dies": (1, lambda r: os.abort()),
+    "works": (1, lambda r: r.add("works", gb_s=1.0)),
+}
+bench.GRACE = 0
+bench.main(["--device", "cpu", "--tiny", "--apart", "--sections", "raises,hangs,dies,works", "--json", sys.argv[1]])
+"""
+
+
+def test_a_section_that_fails_does_not_take_the_others_along(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(FILE.parent), *sys.path])}
+    subprocess.run([sys.executable, "-c", FAILING, str(file)], check=True, capture_output=True, env=environment)
+    by_section = {row["section"]: row for row in json.loads(file.read_text())}
+    assert by_section["raises"]["failed"] == "ZeroDivisionError: division by zero"
+    assert "did not end" in by_section["hangs"]["failed"]
+    assert "ended with -6" in by_section["dies"]["failed"]
+    assert by_section["works"]["share"] > 0
 
 
 # --- ranks ---------------------------------------------------------------------------------------------------------
@@ -363,6 +422,4 @@ def save_random(config: dict[str, Any], folder: Path) -> None:
         {name: torch.randn(p.shape, generator=generator) * 0.3 for name, p in parameters.items()},
         folder / "model.safetensors",
     )
-    import json
-
     (folder / "config.json").write_text(json.dumps(config))

@@ -197,7 +197,7 @@ class Bucket:
             torch.cuda.current_stream().wait_stream(stream)
             pool = next((bucket.graph.pool() for bucket in runner.buckets.values()), None)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 self.logits = self.step.run()
 
     def run(self, token_ids: Any, positions: Any, table: Any) -> torch.Tensor:
@@ -300,7 +300,7 @@ class Step:
         if op.head and self.rows is not None:
             x = x[self.rows]
         bias, residual = op.bias, None if op.residual is None else self.get(op.residual)
-        divided = group is not None and group.divides_inputs(op.modules[0].weight.name)
+        divided = group is not None and group.divides_inputs(op.name)
         now = (None, None) if divided else (bias, residual)
         if self.kernels and isinstance(w, Packed) and 0 < len(x) <= self.kernels.MOST_ROWS:
             parts = None

@@ -352,14 +352,15 @@ def race_kernel(logits, inverse, seeds, positions, best, winner, size, BLOCK: tl
 
 @triton.jit
 def finish_kernel(best, winner, out, n_blocks, BLOCK: tl.constexpr):
-    """The winner of all blocks; of equals the lowest id; -1 where there is none."""
+    """The winner of all blocks; of equals the lowest id; -1 where a logit is NaN or +inf, -2 where none is left."""
     row = tl.program_id(0)
     b = tl.arange(0, BLOCK)
     scores = tl.load(best + row * n_blocks + b, mask=b < n_blocks, other=-float("inf"))
     index = tl.argmax(scores, axis=0, tie_break_left=True)
     bad = tl.min(tl.load(winner + row * n_blocks + b, mask=b < n_blocks, other=0), axis=0) < 0
     none = tl.max(scores, axis=0) == -float("inf")
-    tl.store(out + row, tl.where(bad | none, -1, tl.load(winner + row * n_blocks + index)))
+    token = tl.load(winner + row * n_blocks + index)
+    tl.store(out + row, tl.where(bad, -1, tl.where(none, -2, token)))
 
 
 def matvec(
@@ -374,6 +375,7 @@ def matvec(
     while block_w >= 2 * n_words and warps > 1:  # short rows: fewer lanes, not idle ones
         block_w, warps = block_w // 2, warps // 2
     together = min(triton.next_power_of_2(rows), 4)
+    block_n = min(block_n, max(2 * block_n // (together * (1 + gate)), 1))  # what the registers hold
     out = torch.empty(-(-rows // together) * together, n_out, device=x.device)
     matvec_kernel[triton.cdiv(n_out, block_n), len(out) // together](
         x, w.words, w.scales, norm_weight, norm_bias, bias, residual, out,
@@ -438,7 +440,7 @@ def shape_of(spec: Any, scales: Any) -> dict[str, int]:
 
 
 def race(logits: Any, inverses: list[float], seeds: list[int], positions: list[int]) -> list[int]:
-    """The arg max of each row's logits times `inverses` (0: of the logits) plus Gumbel noise; -1 where it has none."""
+    """The arg max of each row's logits times `inverses` (0: of the logits) plus Gumbel noise (or see finish_kernel)."""
     logits = logits.contiguous()  # ranks' columns may have been cut from wider rows
     rows, size = logits.shape
     block = 1024

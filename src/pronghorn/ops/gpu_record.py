@@ -64,6 +64,8 @@ class Linear:
         self.weight = weights.matrix(*(module.weight for module in self.modules))
         if self.modules[0].get("bias") is not None:
             self.bias = torch.cat([weights.table(module.bias) for module in self.modules])
+        self.name = self.modules[0].weight.name
+        self.modules.clear()  # what was there already can go
 
     def __call__(self, step: Step) -> torch.Tensor:
         return step.linear(self)
