@@ -202,6 +202,47 @@ def test_products_compile_for_a_gpu_with_wide_loads(format: str, group: int, nor
     assert ".local" not in compiled.asm["ptx"]
 
 
+@needs_triton
+@pytest.mark.parametrize(("format", "group"), [("int8", 0), ("int8", 64), ("int4", 32)])
+def test_products_of_many_rows_fit_the_shared_memory(format: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of compute capability 9.0, 227 KiB for a program: prompts' products are compiled as they would be launched."""
+    import torch
+    import triton
+
+    from pronghorn.ops import gpu_kernels as kernels
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("nothing is compiled with TRITON_INTERPRET=1")
+    launched: dict[str, Any] = {}
+
+    class Launch:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *arguments, **constants: launched.update(constants)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "matmul_kernel", Launch())
+        w = bench().random_packed(256, 4096, format, group, "cpu")
+        kernels.matmul(torch.zeros(512, 4096), w)
+    kernel: Any = kernels.matmul_kernel
+    options = {name: launched.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    pointers = {
+        "x": "*bf16",
+        "codes": "*u8",
+        "out": "*fp32",
+        "scales": f"*{'i32' if w.minima else 'fp16' if group else 'fp32'}",
+    }
+    signature = {name: "constexpr" if name in launched else pointers.get(name, "i32") for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name] != "constexpr" and name not in ("rows", "n_groups")
+    }
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=launched, attrs=aligned)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    assert compiled.metadata.shared <= 227 << 10
+
+
 # --- quantizing ----------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +397,6 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
         LLM(path, device="torch:cpu", tensor_parallel=4)
     for more, message in (
         ({}, "device 'cpu' has no ranks"),
-        ({"device": "torch:cpu", "draft": "self-int4"}, "ngram alone"),
         ({"device": "torch:cpu", "tensor_parallel": 0}, "tensor_parallel is 0"),
     ):
         with pytest.raises(ParameterError, match=message):
@@ -387,6 +427,32 @@ def test_four_ranks_are_as_one(tmp_path: Path) -> None:
     save_tiny(tmp_path, num_attention_heads=8, num_key_value_heads=4, vocab_size=259, tie_word_embeddings=False)
     done = in_a_process(four_ranks, str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def drafts_of_two_ranks(path: str, other: str) -> None:
+    """Tokens as one rank's without drafts: of the model's own copy, on the same keys and values, and of another."""
+    params = [SamplingParams(max_tokens=12, temperature=t, seed=3, ignore_eos=True) for t in (0.0, 0.9)]
+    with LLM(path, device="torch:cpu") as alone:
+        want = [out.token_ids for out in alone.generate(["hello", "a"], params)]
+    for draft in ("self-int8", other):
+        with LLM(path, device="torch:cpu", draft=draft, tensor_parallel=2) as ranks:
+            assert ranks._engine
+            assert ranks._engine.speculator
+            ranks._engine.speculator.lengths = 3
+            assert [out.token_ids for out in ranks.generate(["hello", "a"], params)] == want
+            assert ranks.stats().accepted_tokens > 0
+
+
+def test_ranks_have_drafts(tmp_path: Path) -> None:
+    path, other = (save_tiny(tmp_path / name) for name in ("model", "draft"))
+    done = in_a_process(drafts_of_two_ranks, str(path), str(other))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_draft_that_cannot_be_divided_is_refused(tmp_path: Path) -> None:
+    odd = save_tiny(tmp_path / "odd", num_attention_heads=3, num_key_value_heads=3, hidden_size=24)
+    with pytest.raises(ConfigError, match="3 heads cannot be divided"):
+        LLM(save_tiny(tmp_path / "model"), device="torch:cpu", draft=odd, tensor_parallel=2)
 
 
 def two_ranks(gpt2: str) -> None:

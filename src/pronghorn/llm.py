@@ -99,19 +99,24 @@ class LLM:
 
         threads = None if threads is None else int(threads)
         ranked, parameters, self._group = self.model, self.model.parameters(), None
+        part = int(os.environ.get("RANK", "0")), tensor_parallel  # of the model, that this process has
         if tensor_parallel > 1:
             from pronghorn import parallel
 
             ranked = parallel.local_model(self.model, tensor_parallel)
+            parameters, tensors = parallel.divided(parameters, tensors, *part)
+        runs_ahead = None
+        if draft not in (None, "ngram"):
+            runs_ahead = DraftModel(str(draft), self, (ranked, parameters, tensors), part, device, threads)
+        if tensor_parallel > 1:  # what cannot be divided has been said before there are others
             arguments: dict[str, Any] = {
                 "model": str(self.path),
                 "dtype": dtype,
                 "device": device,
                 "kv_dtype": kv_dtype,
+                "draft": None if draft is None else str(draft),
             }
             arguments |= {"kv_memory": kv_memory, "use_cache": use_cache, "tensor_parallel": tensor_parallel}
-            rank = int(os.environ.get("RANK", "0"))  # what cannot be divided is said before there are others
-            parameters, tensors = parallel.divided(parameters, tensors, rank, tensor_parallel)
             self._group = parallel.Group(tensor_parallel, device, arguments)
         weights = weights_for(device, self._checkpoint, parameters, tensors, dtype, threads, keep=self._group is None)
         config = ranked.config
@@ -120,7 +125,6 @@ class LLM:
         self.kv_dtype = kv_dtype
         sequences = SEQUENCES if device == "cpu" else 1
         token_bytes = kv_bytes(config, kv_dtype)
-        runs_ahead = None if draft in (None, "ngram") else DraftModel(str(draft), self, tensors, device, threads)
         all_bytes = token_bytes + (runs_ahead.token_bytes(kv_dtype) if runs_ahead else 0)
         n_pages = pages_for(all_bytes, config.context, sequences, kv_memory)
         try:
@@ -137,7 +141,7 @@ class LLM:
         except RuntimeError as error:  # the environment asks for what the machine has not: PRONGHORN_ISA, a device
             raise PronghornError(str(error).partition("\n")[0]) from None
         if self._group and self._group.rank:
-            self._group.follow(runner)
+            self._group.follow()
             sys.exit(0)
         self._engine: Engine | None = Engine(
             runner,
@@ -582,18 +586,32 @@ class DraftModel:
     The own one works on the LLM's keys and values, but for the reference; another has its own.
     """
 
-    def __init__(self, name: str, llm: LLM, tensors: Mapping[str, Tensor], device: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        llm: LLM,
+        target: tuple[Model, Mapping[str, Parameter], Mapping[str, Tensor]],
+        part: tuple[int, int],
+        device: str,
+        threads: int | None,
+    ) -> None:
         own = name in ("self-int4", "self-int8")
         checkpoint = llm._checkpoint if own else open_model(name)
         self.device, self.threads = device, threads
         self.shared = own and device != "reference"
         if own:
-            self.model = llm.model
+            self.model, parameters, tensors = target
         else:
             self.model, tensors = model_of(checkpoint)
+            parameters = self.model.parameters()
             check_vocabulary(name, checkpoint, self.model, llm)
+            if part[1] > 1:
+                from pronghorn import parallel
+
+                self.model = parallel.local_model(self.model, part[1])
+                parameters, tensors = parallel.divided(parameters, tensors, *part)
         dtype, heads = name if own else "auto", (self.model.EMBEDDING, "lm_head.weight")
-        self.weights = weights_for(device, checkpoint, self.model.parameters(), tensors, dtype, threads, heads)
+        self.weights = weights_for(device, checkpoint, parameters, tensors, dtype, threads, heads, keep=part[1] == 1)
         self.weight_bytes = bytes_read(self.model, self.weights)
 
     def token_bytes(self, kv_dtype: str) -> int:
@@ -683,11 +701,8 @@ def check_options(
 ) -> None:
     """Raises ParameterError for what no model can make good."""
     whole("tensor_parallel", tensor_parallel, 1, 1024)
-    if tensor_parallel > 1:
-        if device not in ("cuda", "torch:cpu"):
-            raise ParameterError(f"tensor_parallel is {tensor_parallel}: device {device!r} has no ranks (cuda has)")
-        if draft not in (None, "ngram"):
-            raise ParameterError(f"draft is {draft!r}: with tensor_parallel there is ngram alone")
+    if tensor_parallel > 1 and device not in ("cuda", "torch:cpu"):
+        raise ParameterError(f"tensor_parallel is {tensor_parallel}: device {device!r} has no ranks (cuda has)")
     if dtype not in DTYPES:
         raise ParameterError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     if kv_dtype not in ("auto", *KV_DTYPES):
@@ -782,7 +797,8 @@ def runner_beside(
     """Another model on the device of `own`; `shared`: on its keys and values too, which the reference keeps apart."""
     cache = getattr(own, "cache", None) if shared else None
     if device != "cpu":
-        return runner_for(model, weights, device, threads, n_pages, kv_dtype, **({"cache": cache} if cache else {}))
+        more = {"cache": cache, "group": getattr(own, "group", None)}
+        return runner_for(model, weights, device, threads, n_pages, kv_dtype, **more)
     from pronghorn.ops.cpu import CpuRunner
 
     assert isinstance(own, CpuRunner)

@@ -87,6 +87,8 @@ class TorchRunner:
         def leaf(name: str) -> Leaf:
             return Leaf(name, reduce(Module.get, name.split("."), weights))
 
+        if group:
+            group.runners.append(self)
         self.enter()
         self.record = Recorder()
         with torch.inference_mode():
@@ -112,7 +114,7 @@ class TorchRunner:
             raise ParameterError(f"{n} tokens in a batch: at most {self.max_tokens}")
         arrays = batch.token_ids, batch.positions, batch.sequence, batch.logits_rows, batch.page_table
         if self.group:
-            self.group.send(batch.table_width, *arrays)
+            self.group.send(self.group.runners.index(self), batch.table_width, *arrays)
         token_ids, positions, sequence, rows, table = (np.array(a, np.int32) for a in arrays)
         by_row = table.reshape(-1, max(batch.table_width, 1))[sequence, : self.width]
         if self.kernels and n <= (BUCKETS[-1] if len(rows) == n else FEW):
@@ -164,7 +166,7 @@ class TorchRunner:
         """See ops.Runner."""
         self.enter()
         if self.group:
-            self.group.send(-1, array("i", [source, target]))
+            self.group.send(self.group.runners.index(self), -1, array("i", [source, target]))
         for kept in self.cache:
             if kept is not None:
                 pages = kept.view(*kept.shape[:2], -1, PAGE, *kept.shape[3:])

@@ -399,7 +399,8 @@ def matmul(x: Any, w: Any) -> torch.Tensor:
     matmul_kernel[triton.cdiv(n_out, block_n), triton.cdiv(rows, block_m)](
         x, w.words.view(torch.uint8), w.scales, out, rows, n_out, n_in // each, w.scales.shape[1],
         FORMAT=w.format, GROUP=w.group, MINIMA=w.minima, ZERO=w.zero,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, num_warps=4 if block_m <= 64 else 8,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64 // each, num_warps=4 if block_m <= 64 else 8,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -411,7 +412,7 @@ def store(qkv: Any, at: Any, table: Any, spec: Any, turns: Any, pages: Any, scal
     store_kernel[len(qkv), spec.n_heads + 2 * spec.n_kv_heads](
         qkv, cos, sin, at, table, q, pages, scales, qkv.stride(0), table.stride(0), spec.layer, *pages.shape[1:3],
         PAIRS=0 if cos is None else cos.shape[1], INTERLEAVED=spec.rope is not None and spec.rope.interleaved,
-        num_warps=1, **shape_of(spec, scales),
+        num_warps=1, enable_fp_fusion=True, **shape_of(spec, scales),
     )  # fmt: skip
     return q
 
@@ -425,11 +426,11 @@ def attend(q: Any, at: Any, table: Any, spec: Any, pages: Any, scales: Any) -> t
     shape = shape_of(spec, scales)
     attend_kernel[len(q), spec.n_heads, SPLITS](
         q, at, table, pages, scales, best, weight, part, table.stride(0), spec.layer, *pages.shape[1:3],
-        spec.scale, window, SPLITS=SPLITS, num_warps=4, **shape,
+        spec.scale, window, SPLITS=SPLITS, num_warps=4, enable_fp_fusion=True, **shape,
     )  # fmt: skip
     out = torch.empty_like(q)
     sizes = {name: shape[name] for name in ("DIM", "BLOCK_D")}
-    merge_kernel[(n,)](best, weight, part, out, SPLITS=SPLITS, num_warps=1, **sizes)
+    merge_kernel[(n,)](best, weight, part, out, SPLITS=SPLITS, num_warps=1, enable_fp_fusion=True, **sizes)
     return out
 
 
@@ -451,7 +452,8 @@ def race(logits: Any, inverses: list[float], seeds: list[int], positions: list[i
     winner = torch.empty(rows, n_blocks, dtype=torch.int32, device=logits.device)
     out = torch.empty(rows, dtype=torch.int32, device=logits.device)
     inverse = given[2].view(torch.float64)
-    race_kernel[rows, n_blocks](logits, inverse, given[0], given[1], best, winner, size, BLOCK=block)
-    finish_kernel[(rows,)](best, winner, out, n_blocks, BLOCK=triton.next_power_of_2(n_blocks))
+    exactly = {"enable_fp_fusion": False}  # as native/sampling.cpp rounds
+    race_kernel[rows, n_blocks](logits, inverse, given[0], given[1], best, winner, size, BLOCK=block, **exactly)
+    finish_kernel[(rows,)](best, winner, out, n_blocks, BLOCK=triton.next_power_of_2(n_blocks), **exactly)
     found: list[int] = out.tolist()
     return found
