@@ -21,6 +21,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
 import sys
 import time
@@ -292,7 +293,7 @@ DENSE = [("f32", 0), ("f16", 0), ("bf16", 0)]
 PACKED = [("int8", 0), ("int8", 64), ("int4", 32), ("int4", 128)]
 
 
-def checks(device: str, tiny: bool) -> list[dict[str, Any]]:
+def checks(device: str, tiny: bool, end: float = math.inf) -> list[dict[str, Any]]:
     """All kernels, on fresh numbers; memory is poisoned before it is written -> what was checked, right or not."""
     if house.kernels_for(torch.device(device)) is None:
         return [{"skipped": "no Triton kernels here (Triton is missing, or TRITON_INTERPRET=1 is not set)"}]
@@ -311,6 +312,8 @@ def checks(device: str, tiny: bool) -> list[dict[str, Any]]:
         try:
             for what, worst, bound, differ in found:
                 rows.append({"what": what, "error": worst, "bound": bound, "bits_differ": differ})
+                if time.perf_counter() > end:
+                    raise TimeoutError("the rest was not reached in time")
         except Exception as error:
             rows.append({"what": f"{name}: {first_line(error)}", "error": float("nan"), "bound": 0.0, "bits_differ": 0})
     torch.use_deterministic_algorithms(False)
@@ -521,7 +524,7 @@ def copy_section(r: Report) -> None:
 
 def checks_section(r: Report) -> None:
     """The kernels against float64."""
-    rows = checks(r.device, r.tiny)
+    rows = checks(r.device, r.tiny, r.end)
     if "skipped" in rows[0]:
         return r.add("checks", **rows[0])
     wrong = [row for row in rows if not row["error"] <= row["bound"]]
@@ -701,7 +704,7 @@ def tune_section(r: Report) -> None:
 # Each with its share of the time: of what those before have left.
 SECTIONS: dict[str, tuple[float, Callable[[Report], None]]] = {
     "copy": (1, copy_section),
-    "checks": (8, checks_section),
+    "checks": (12, checks_section),
     "decode": (14, decode_section),
     "peers": (14, peers_section),
     "batch": (6, batch_section),
