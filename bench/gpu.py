@@ -25,6 +25,7 @@ import math
 import multiprocessing
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,20 @@ from torch import nn
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent))
+if importlib.util.find_spec("pronghorn._native") is None:  # it could not be built here: only the engine needs it
+
+    class StandIn(types.ModuleType):
+        """Any name can be imported from it, and none be called."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return self.missing
+
+        def missing(self, *arguments: Any, **more: Any) -> None:
+            raise ImportError("pronghorn._native is not built: docs/gpu.md says how")
+
+    sys.modules["pronghorn._native"] = StandIn("pronghorn._native")
 from pronghorn import SamplingParams
 from pronghorn.engine.scheduler import Request
 from pronghorn.engine.speculate import ModelDraft
