@@ -28,7 +28,7 @@ SPLITS = 8
 """Parts into which a sequence's pages are divided, to be attended to side by side."""
 
 LAYOUTS: dict[str, tuple[int, int, int]] = {
-    # format: outputs of a program, words of a step, warps. bench/gpu.py --tune tries others.
+    # format: outputs of a program, words of a step, warps. bench/gpu.py --sections tune tries others.
     "f32": (4, 512, 4),
     "f16": (4, 512, 4),
     "bf16": (4, 512, 4),
