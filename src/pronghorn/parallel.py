@@ -145,6 +145,7 @@ class Group:
 
     def close(self) -> None:
         """Ends the others, and leaves."""
+        self.runners.clear()  # and their memory with them
         if self.crew:
             self.crew.done = True
         if self.amid and self.crew:  # they cannot be told
