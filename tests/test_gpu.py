@@ -7,9 +7,11 @@ What is named `interpreted_...` runs in a process of its own, as Triton must kno
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,13 @@ import numpy as np
 import pytest
 
 from pronghorn import LLM, SamplingParams, parallel
-from pronghorn.errors import ConfigError, ParameterError
-from pronghorn.models import model_for
-from pronghorn.weights.types import Tensor
+from pronghorn._native import Pool, pack, packed_size
+from pronghorn.cli import main
+from pronghorn.errors import CheckpointError, ConfigError, ParameterError
+from pronghorn.models import Parameter, model_for
+from pronghorn.weights import quantize
+from pronghorn.weights.packing import unpack
+from pronghorn.weights.types import Int8, Tensor, Unquantized
 from tiny import save_tiny
 
 pytest.importorskip("torch")
@@ -45,7 +51,7 @@ def bench() -> Any:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["kernels", "engine"])
+@pytest.mark.parametrize("name", ["kernels", "engine", "sampler"])
 def test_interpreted(name: str, tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     code = f"import sys; sys.path.insert(0, {str(FILE.parent)!r}); import test_gpu; test_gpu.interpreted_{name}()"
@@ -60,6 +66,7 @@ def interpreted_kernels() -> None:
     fewer_programs()
     rows = bench().checks("cpu", tiny=True)
     assert len(rows) > 30, rows
+    assert not [row for row in rows if not row["error"] <= row["bound"]]
     assert not [row for row in rows if row["bits_differ"]]  # by the other rows
 
 
@@ -108,6 +115,38 @@ def interpreted_engine() -> None:
         assert drafted.stats().accepted_tokens > 0
 
 
+def interpreted_sampler() -> None:
+    """The native house's tokens, or its reasons for none: NaN, infinity, masks that leave nothing, or hide a NaN."""
+    import torch
+
+    from pronghorn._native import choose_rows
+    from pronghorn.engine.sampling import sampler
+    from pronghorn.ops import Choice, gpu_kernels, gpu_sampling
+
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((9, 2050)).astype(np.float32)
+    logits[1, 2049], logits[2, 1030], logits[3, :] = np.nan, np.inf, -np.inf
+    logits[4, 7] = np.nan
+    logits[6, 5:] = -np.inf
+    mask = np.zeros(65, np.uint32)
+    mask[1] = 6  # tokens 33 and 34
+    masks = {4: mask, 5: np.zeros(65, np.uint32), 6: mask, 7: mask}
+    for params in (
+        SamplingParams(),
+        SamplingParams(temperature=0.8, top_p=0.9),
+        SamplingParams(temperature=1.0, top_k=3),
+    ):
+        choices = [
+            Choice(sampler(params, 5, ()), row, array("i", range(3)), 3, masks.get(row), None)
+            for row in range(len(logits))
+        ]
+        want = choose_rows(logits, logits.shape[1], choices)
+        got = gpu_sampling.choose(torch.from_numpy(logits), choices, gpu_kernels)
+        assert got == want, (got, want)
+        assert [isinstance(chosen, str) for chosen in got] == [False, True, True, True, True, True, True, False, False]
+        assert len({chosen for chosen in got if isinstance(chosen, str)}) == 2
+
+
 def fewer_programs() -> None:
     """Wider blocks: the interpreter takes its time for each program, and none for its width."""
     import warnings
@@ -130,7 +169,7 @@ def test_products_compile_for_a_gpu_with_wide_loads(format: str, group: int, nor
     import triton
 
     from pronghorn.ops import gpu_kernels as kernels
-    from pronghorn.ops.gpu import FIELDS
+    from pronghorn.ops.gpu_weights import FIELDS
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("nothing is compiled with TRITON_INTERPRET=1")
@@ -163,17 +202,162 @@ def test_products_compile_for_a_gpu_with_wide_loads(format: str, group: int, nor
     assert ".local" not in compiled.asm["ptx"]
 
 
+@needs_triton
+@pytest.mark.parametrize(("format", "group"), [("int8", 0), ("int8", 64), ("int4", 32)])
+def test_products_of_many_rows_fit_the_shared_memory(format: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of compute capability 9.0, 227 KiB for a program: prompts' products are compiled as they would be launched."""
+    import torch
+    import triton
+
+    from pronghorn.ops import gpu_kernels as kernels
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("nothing is compiled with TRITON_INTERPRET=1")
+    launched: dict[str, Any] = {}
+
+    class Launch:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *arguments, **constants: launched.update(constants)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "matmul_kernel", Launch())
+        w = bench().random_packed(256, 4096, format, group, "cpu")
+        kernels.matmul(torch.zeros(512, 4096), w)
+    kernel: Any = kernels.matmul_kernel
+    options = {name: launched.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    pointers = {
+        "x": "*bf16",
+        "codes": "*u8",
+        "out": "*fp32",
+        "scales": f"*{'i32' if w.minima else 'fp16' if group else 'fp32'}",
+    }
+    signature = {name: "constexpr" if name in launched else pointers.get(name, "i32") for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name] != "constexpr" and name not in ("rows", "n_groups")
+    }
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=launched, attrs=aligned)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    assert compiled.metadata.shared <= 227 << 10
+
+
+# --- quantizing ----------------------------------------------------------------------------------------------------
+
+
+def edges(n_out: int, n_in: int) -> np.ndarray:
+    """Weights of which the rows differ in kind: usual ones, one sign, zeros of both, constants, ties, tiny, large."""
+    rng = np.random.default_rng(n_in)
+    w = rng.standard_normal((n_out, n_in), np.float32) * np.float32(0.05)
+    w[1], w[2] = abs(w[1]), -abs(w[2])
+    w[3], w[4], w[5] = 0, -0.0, np.where(rng.random(n_in) < 0.5, np.float32(-0.0), np.float32(0))
+    w[6], w[7] = 0.3, -0.7
+    w[8] = rng.integers(-15, 16, n_in) / 2  # halves are rounded to even
+    w[9], w[10] = w[9] * 1e-6, w[10] * 1e-38  # scales are subnormal in f16, or nothing
+    w[11] = w[11] / abs(w[11]).max() * 60000
+    w[12, ::3], w[13, 5:] = 0, -0.0
+    w[14] = np.maximum(w[14], 0)
+    return w
+
+
+@pytest.mark.parametrize("form", list(quantize.FORMATS))
+def test_a_device_quantizes_as_the_cpu_does(form: str) -> None:
+    """Bit for bit: codes, scales and minima, in each dtype and order, with a short last group."""
+    import torch
+
+    from pronghorn.ops import gpu_weights
+
+    target, device = quantize.FORMATS[form], torch.device("cpu")
+    gpu_weights.CHUNK = 1000  # rows are taken in several parts
+    for n_in, kind, turned in ((256, "f32", False), (300, "bf16", False), (20, "f16", True), (300, "f32", True)):
+        values = edges(16, n_in)[: 16 if kind == "f32" else 15]
+        tensor = torch.from_numpy(values.T.copy() if turned else values).to(gpu_weights.DTYPES[kind])
+        data = memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
+        parameter = Parameter(tuple(tensor.shape), "matrix", turned)
+        ours = quantize.unquantized({"w": parameter}, {"w": Tensor("w", kind, parameter.shape, data)}, "int4")["w"]
+        size = packed_size(target.format, *values.shape, target.group, target.symmetric)
+        room = memoryview(bytearray(size))
+        pack(data, kind, *values.shape, turned, room, *target, Pool(1))
+        want = gpu_weights.codes_of(quantize.weight(parameter, target, room), device)  # type: ignore[arg-type]
+        got = gpu_weights.quantized(ours._replace(**target._asdict()), device)
+        for one, other in zip(want, got, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                assert one.dtype == other.dtype
+                assert one.numpy().tobytes() == other.numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e30])
+def test_what_cannot_be_quantized_is_refused_as_on_the_cpu(tmp_path: Path, dtype: str, value: float) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = save_tiny(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = value
+    save_file(tensors, path / "model.safetensors")
+    said = []
+    for device in ("cpu", "torch:cpu"):
+        with pytest.raises(CheckpointError, match=f"^tensor {name} .f32. holds values that are not finite") as caught:
+            LLM(path, dtype, device)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+def test_a_packed_file_is_loaded_as_it_is(tmp_path: Path) -> None:
+    """What `pronghorn quantize` has packed is not quantized again."""
+    import torch
+
+    from pronghorn.ops import gpu_weights
+
+    path, packed = save_tiny(tmp_path / "plain"), tmp_path / "packed"
+    assert main(["quantize", str(path), str(packed), "--format", "int8-g32"]) == 0
+    with LLM(packed, device="torch:cpu") as ours:
+        found = [w for w in ours._weights.values() if isinstance(w, Int8)]
+        assert len(found) == 15
+        assert not [w for w in ours._weights.values() if isinstance(w, Unquantized)]
+        for w in found:
+            got = gpu_weights.Weights(torch.device("cpu"), None).load(w)
+            np.testing.assert_array_equal(got.numpy(), unpack(w))
+
+
 # --- bench/gpu.py --------------------------------------------------------------------------------------------------
 
 
 def test_bench_runs_on_tiny_sizes(tmp_path: Path) -> None:
-    rows = bench().main(["--device", "cpu", "--tiny", "--json", str(tmp_path / "gpu.json")])
-    assert (tmp_path / "gpu.json").stat().st_size > 1000
+    module = bench()
+    rows = module.main(["--device", "cpu", "--tiny", "--json", str(tmp_path / "gpu.json")])
+    assert json.loads((tmp_path / "gpu.json").read_text()) == rows
     by_section = {row["section"]: row for row in rows}
-    assert set(by_section) == {"device", "copy", "checks", "decode", "prompt", "batch", "speculation", "large", "peers"}
+    assert set(by_section) == {"device", "prompt", *module.SECTIONS} - {"tune"}
     assert by_section["speculation"]["same_tokens"] is True
     assert by_section["speculation"]["accepted"] == 1
+    assert {row["model"] for row in rows if row.get("peer") == "method"} == {"tiny", "tiny-gpt2"}
     assert not [row for row in rows if "failed" in row]
+
+
+FAILING = """import sys, time, os, test_gpu
+bench = test_gpu.bench()
+bench.SECTIONS |= {
+    "raises": (1, lambda r: 1 / 0), "hangs": (1e-9, lambda r: time.sleep(999)), "dies": (1, lambda r: os.abort()),
+    "works": (1, lambda r: r.add("works", gb_s=1.0)),
+}
+bench.GRACE = 0
+bench.main(["--device", "cpu", "--tiny", "--apart", "--sections", "raises,hangs,dies,works", "--json", sys.argv[1]])
+"""
+
+
+def test_a_section_that_fails_does_not_take_the_others_along(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(FILE.parent), *sys.path])}
+    subprocess.run([sys.executable, "-c", FAILING, str(file)], check=True, capture_output=True, env=environment)
+    by_section = {row["section"]: row for row in json.loads(file.read_text())}
+    assert by_section["raises"]["failed"] == "ZeroDivisionError: division by zero"
+    assert "did not end" in by_section["hangs"]["failed"]
+    assert "ended with -6" in by_section["dies"]["failed"]
+    assert by_section["works"]["share"] > 0
 
 
 # --- ranks ---------------------------------------------------------------------------------------------------------
@@ -213,7 +397,6 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
         LLM(path, device="torch:cpu", tensor_parallel=4)
     for more, message in (
         ({}, "device 'cpu' has no ranks"),
-        ({"device": "torch:cpu", "draft": "self-int4"}, "ngram alone"),
         ({"device": "torch:cpu", "tensor_parallel": 0}, "tensor_parallel is 0"),
     ):
         with pytest.raises(ParameterError, match=message):
@@ -244,6 +427,32 @@ def test_four_ranks_are_as_one(tmp_path: Path) -> None:
     save_tiny(tmp_path, num_attention_heads=8, num_key_value_heads=4, vocab_size=259, tie_word_embeddings=False)
     done = in_a_process(four_ranks, str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def drafts_of_two_ranks(path: str, other: str) -> None:
+    """Tokens as one rank's without drafts: of the model's own copy, on the same keys and values, and of another."""
+    params = [SamplingParams(max_tokens=12, temperature=t, seed=3, ignore_eos=True) for t in (0.0, 0.9)]
+    with LLM(path, device="torch:cpu") as alone:
+        want = [out.token_ids for out in alone.generate(["hello", "a"], params)]
+    for draft in ("self-int8", other):
+        with LLM(path, device="torch:cpu", draft=draft, tensor_parallel=2) as ranks:
+            assert ranks._engine
+            assert ranks._engine.speculator
+            ranks._engine.speculator.lengths = 3
+            assert [out.token_ids for out in ranks.generate(["hello", "a"], params)] == want
+            assert ranks.stats().accepted_tokens > 0
+
+
+def test_ranks_have_drafts(tmp_path: Path) -> None:
+    path, other = (save_tiny(tmp_path / name) for name in ("model", "draft"))
+    done = in_a_process(drafts_of_two_ranks, str(path), str(other))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_draft_that_cannot_be_divided_is_refused(tmp_path: Path) -> None:
+    odd = save_tiny(tmp_path / "odd", num_attention_heads=3, num_key_value_heads=3, hidden_size=24)
+    with pytest.raises(ConfigError, match="3 heads cannot be divided"):
+        LLM(save_tiny(tmp_path / "model"), device="torch:cpu", draft=odd, tensor_parallel=2)
 
 
 def two_ranks(gpt2: str) -> None:
@@ -279,6 +488,4 @@ def save_random(config: dict[str, Any], folder: Path) -> None:
         {name: torch.randn(p.shape, generator=generator) * 0.3 for name, p in parameters.items()},
         folder / "model.safetensors",
     )
-    import json
-
     (folder / "config.json").write_text(json.dumps(config))

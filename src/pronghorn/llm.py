@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overloa
 from pronghorn.engine.engine import Engine, NoPages, Stats
 from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.engine.scheduler import Request, token_array
-from pronghorn.errors import NoTokenizer, ParameterError, PromptError, PronghornError
+from pronghorn.errors import CheckpointError, NoTokenizer, ParameterError, PromptError, PronghornError
 from pronghorn.generation import Chunk, Cost, Generation, Interrupted, Job, Output, Stream
 from pronghorn.models import Config, Model, model_of
 from pronghorn.ops import KV_DTYPES, PAGE, Runner
 from pronghorn.weights import Checkpoint, ahead, open_checkpoint
-from pronghorn.weights.types import Dense, Matrix, Module, Tensor
+from pronghorn.weights.types import Dense, Matrix, Module, Tensor, Unquantized
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pronghorn.engine.grammar import Vocabulary
     from pronghorn.engine.pages import PagePool
     from pronghorn.engine.speculate import ModelDraft
+    from pronghorn.models import Parameter
     from pronghorn.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")
@@ -96,32 +97,34 @@ class LLM:
         self._tokenizer = Tried(lambda: load_tokenizer(source))
         self.model, tensors = model_of(self._checkpoint)
 
-        from pronghorn.weights.quantize import prepare
-
         threads = None if threads is None else int(threads)
         ranked, parameters, self._group = self.model, self.model.parameters(), None
+        part = int(os.environ.get("RANK", "0")), tensor_parallel  # of the model, that this process has
         if tensor_parallel > 1:
             from pronghorn import parallel
 
             ranked = parallel.local_model(self.model, tensor_parallel)
+            parameters, tensors = parallel.divided(parameters, tensors, *part)
+        runs_ahead = None
+        if draft not in (None, "ngram"):
+            runs_ahead = DraftModel(str(draft), self, (ranked, parameters, tensors), part, device, threads)
+        if tensor_parallel > 1:  # what cannot be divided has been said before there are others
             arguments: dict[str, Any] = {
                 "model": str(self.path),
                 "dtype": dtype,
                 "device": device,
                 "kv_dtype": kv_dtype,
+                "draft": None if draft is None else str(draft),
             }
             arguments |= {"kv_memory": kv_memory, "use_cache": use_cache, "tensor_parallel": tensor_parallel}
-            rank = int(os.environ.get("RANK", "0"))  # what cannot be divided is said before there are others
-            parameters, tensors = parallel.divided(parameters, tensors, rank, tensor_parallel)
             self._group = parallel.Group(tensor_parallel, device, arguments)
-        weights = prepare(self._checkpoint, parameters, tensors, dtype, threads, keep=self._group is None)
+        weights = weights_for(device, self._checkpoint, parameters, tensors, dtype, threads, keep=self._group is None)
         config = ranked.config
         if kv_dtype == "auto":
             kv_dtype = kv_dtype_for(weights)
         self.kv_dtype = kv_dtype
         sequences = SEQUENCES if device == "cpu" else 1
         token_bytes = kv_bytes(config, kv_dtype)
-        runs_ahead = None if draft in (None, "ngram") else DraftModel(str(draft), self, tensors, device, threads)
         all_bytes = token_bytes + (runs_ahead.token_bytes(kv_dtype) if runs_ahead else 0)
         n_pages = pages_for(all_bytes, config.context, sequences, kv_memory)
         try:
@@ -138,7 +141,7 @@ class LLM:
         except RuntimeError as error:  # the environment asks for what the machine has not: PRONGHORN_ISA, a device
             raise PronghornError(str(error).partition("\n")[0]) from None
         if self._group and self._group.rank:
-            self._group.follow(runner)
+            self._group.follow()
             sys.exit(0)
         self._engine: Engine | None = Engine(
             runner,
@@ -583,20 +586,32 @@ class DraftModel:
     The own one works on the LLM's keys and values, but for the reference; another has its own.
     """
 
-    def __init__(self, name: str, llm: LLM, tensors: Mapping[str, Tensor], device: str, threads: int | None) -> None:
-        from pronghorn.weights.quantize import prepare
-
+    def __init__(
+        self,
+        name: str,
+        llm: LLM,
+        target: tuple[Model, Mapping[str, Parameter], Mapping[str, Tensor]],
+        part: tuple[int, int],
+        device: str,
+        threads: int | None,
+    ) -> None:
         own = name in ("self-int4", "self-int8")
         checkpoint = llm._checkpoint if own else open_model(name)
         self.device, self.threads = device, threads
         self.shared = own and device != "reference"
         if own:
-            self.model = llm.model
+            self.model, parameters, tensors = target
         else:
             self.model, tensors = model_of(checkpoint)
+            parameters = self.model.parameters()
             check_vocabulary(name, checkpoint, self.model, llm)
+            if part[1] > 1:
+                from pronghorn import parallel
+
+                self.model = parallel.local_model(self.model, part[1])
+                parameters, tensors = parallel.divided(parameters, tensors, *part)
         dtype, heads = name if own else "auto", (self.model.EMBEDDING, "lm_head.weight")
-        self.weights = prepare(checkpoint, self.model.parameters(), tensors, dtype, threads, heads)
+        self.weights = weights_for(device, checkpoint, parameters, tensors, dtype, threads, heads, keep=part[1] == 1)
         self.weight_bytes = bytes_read(self.model, self.weights)
 
     def token_bytes(self, kv_dtype: str) -> int:
@@ -686,11 +701,8 @@ def check_options(
 ) -> None:
     """Raises ParameterError for what no model can make good."""
     whole("tensor_parallel", tensor_parallel, 1, 1024)
-    if tensor_parallel > 1:
-        if device not in ("cuda", "torch:cpu"):
-            raise ParameterError(f"tensor_parallel is {tensor_parallel}: device {device!r} has no ranks (cuda has)")
-        if draft not in (None, "ngram"):
-            raise ParameterError(f"draft is {draft!r}: with tensor_parallel there is ngram alone")
+    if tensor_parallel > 1 and device not in ("cuda", "torch:cpu"):
+        raise ParameterError(f"tensor_parallel is {tensor_parallel}: device {device!r} has no ranks (cuda has)")
     if dtype not in DTYPES:
         raise ParameterError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     if kv_dtype not in ("auto", *KV_DTYPES):
@@ -727,6 +739,24 @@ def load_tokenizer(source: Any) -> Tokenizer:
     return open_tokenizer(source)
 
 
+def weights_for(
+    device: str,
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, Parameter],
+    tensors: Mapping[str, Tensor],
+    dtype: str,
+    threads: int | None,
+    heads: tuple[str, ...] = (),
+    keep: bool = True,
+) -> dict[str, Matrix | Unquantized]:
+    """The weights ready to run (see weights.quantize.prepare); PyTorch's devices quantize themselves what they can."""
+    from pronghorn.weights.quantize import prepare, unquantized
+
+    there = {} if device in ("cpu", "reference") else unquantized(parameters, tensors, dtype, heads)
+    rest = {name: parameter for name, parameter in parameters.items() if name not in there}
+    return {**prepare(checkpoint, rest, tensors, dtype, threads, heads, keep), **there}
+
+
 def runner_for(
     model: Model, weights: Module, device: str, threads: int | None, n_pages: int, kv_dtype: str, **more: Any
 ) -> Runner:
@@ -747,6 +777,8 @@ def runner_for(
             model, weights, n_pages=n_pages, kv_dtype=kv_dtype, max_tokens=STEP_TOKENS,
             device=name, **more,
         )  # fmt: skip
+    except CheckpointError:  # of a weight that cannot be quantized there
+        raise
     except PronghornError as error:  # PyTorch is not there, or has no such device
         raise ParameterError(f"device is {device!r}: expected {DEVICES} ({error})") from None
 
@@ -765,7 +797,8 @@ def runner_beside(
     """Another model on the device of `own`; `shared`: on its keys and values too, which the reference keeps apart."""
     cache = getattr(own, "cache", None) if shared else None
     if device != "cpu":
-        return runner_for(model, weights, device, threads, n_pages, kv_dtype, **({"cache": cache} if cache else {}))
+        more = {"cache": cache, "group": getattr(own, "group", None)}
+        return runner_for(model, weights, device, threads, n_pages, kv_dtype, **more)
     from pronghorn.ops.cpu import CpuRunner
 
     assert isinstance(own, CpuRunner)
@@ -843,21 +876,22 @@ def room_of(group: Path) -> float:
     return math.inf
 
 
-def kv_dtype_for(weights: Mapping[str, Matrix]) -> str:
+def kv_dtype_for(weights: Mapping[str, Matrix | Unquantized]) -> str:
     """The dtype of keys and values by default."""
     return "f32" if all(isinstance(w, Dense) and w.dtype != "bf16" for w in weights.values()) else "bf16"
 
 
-def weights_read(model: Model, weights: Mapping[str, Matrix]) -> dict[str, Matrix]:
+def weights_read(model: Model, weights: Mapping[str, T]) -> dict[str, T]:
     """The weights that decoding a token reads as a whole: not the tables of which it looks up a row."""
     kinds = {name: parameter.kind for name, parameter in model.parameters().items()}
     looked_up = set() if model.config.tied else {model.EMBEDDING}
     return {name: w for name, w in weights.items() if kinds[name] != "table" and name not in looked_up}
 
 
-def bytes_read(model: Model, weights: Mapping[str, Matrix]) -> int:
+def bytes_read(model: Model, weights: Mapping[str, Matrix | Unquantized]) -> int:
     """Bytes of weights that decoding a token reads."""
-    return sum(weight.data.nbytes for weight in weights_read(model, weights).values())
+    read = weights_read(model, weights).values()
+    return sum(weight.nbytes if isinstance(weight, Unquantized) else weight.data.nbytes for weight in read)
 
 
 def describe(checkpoint: Checkpoint, dtype: str = "auto", *, sparsity: bool = False) -> dict[str, Any]:

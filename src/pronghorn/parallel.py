@@ -57,6 +57,7 @@ class Group:
         device = device.removeprefix("torch:")
         self.size, self.crew, method = size, None, "env://"
         self.amid = False  # whether a step has begun that has not ended
+        self.runners: list[Any] = []  # of all ranks in the same order: the model's, and a draft's
         if "WORLD_SIZE" in os.environ:  # torchrun, or another process's crew
             self.rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
             if int(os.environ["WORLD_SIZE"]) != size:
@@ -103,14 +104,14 @@ class Group:
         self.together("all_gather", parts, x.contiguous())
         return torch.cat(parts, dim=1)
 
-    def send(self, kind: int, *arrays: array[int]) -> None:
-        """From rank 0, what the others do next: a batch of `kind` pages, -1 to copy a page, -2 to end."""
+    def send(self, runner: int, kind: int, *arrays: array[int]) -> None:
+        """From rank 0, what a runner of the others does next: a batch of `kind` pages, -1 to copy a page, -2 to end."""
         import numpy as np
         import torch
 
         if self.rank:
             return
-        head = torch.tensor([kind, *(len(a) for a in arrays), *[0] * (5 - len(arrays))])
+        head = torch.tensor([runner, kind, *(len(a) for a in arrays), *[0] * (5 - len(arrays))])
         self.together("broadcast", head, 0, group=self.words)
         if arrays:
             body = torch.from_numpy(np.concatenate([np.array(a, np.int32) for a in arrays]))
@@ -123,34 +124,35 @@ class Group:
         yield
         self.amid = False
 
-    def follow(self, runner: Any) -> None:
-        """On the other ranks: does what rank 0 does, until it ends."""
+    def follow(self) -> None:
+        """On the other ranks: does what rank 0's runners do, until it ends."""
         import torch
 
         while True:
-            head = torch.empty(6, dtype=torch.int64)
+            head = torch.empty(7, dtype=torch.int64)
             self.together("broadcast", head, 0, group=self.words)
-            kind, *sizes = head.tolist()
+            number, kind, *sizes = head.tolist()
             if kind == -2:
                 return
             body = torch.empty(sum(sizes), dtype=torch.int32)
             self.together("broadcast", body, 0, group=self.words)
             arrays = [array("i", part.numpy().tobytes()) for part in body.split(sizes)]
             if kind == -1:
-                runner.copy_page(*arrays[0])
+                self.runners[number].copy_page(*arrays[0])
             else:
                 token_ids, positions, sequence, rows, table = arrays
-                runner.run(Batch(token_ids, positions, sequence, table, kind, rows, logits_here=False))
+                self.runners[number].run(Batch(token_ids, positions, sequence, table, kind, rows, logits_here=False))
 
     def close(self) -> None:
         """Ends the others, and leaves."""
+        self.runners.clear()  # and their memory with them
         if self.crew:
             self.crew.done = True
         if self.amid and self.crew:  # they cannot be told
             for process in self.crew.processes:
                 process.kill()
             return
-        self.send(-2)
+        self.send(0, -2)
         self.distributed.destroy_process_group()
         for process in self.crew.processes if self.crew else ():
             process.wait()

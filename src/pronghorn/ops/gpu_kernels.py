@@ -28,7 +28,7 @@ SPLITS = 8
 """Parts into which a sequence's pages are divided, to be attended to side by side."""
 
 LAYOUTS: dict[str, tuple[int, int, int]] = {
-    # format: outputs of a program, words of a step, warps. bench/gpu.py --tune tries others.
+    # format: outputs of a program, words of a step, warps. bench/gpu.py --sections tune tries others.
     "f32": (4, 512, 4),
     "f16": (4, 512, 4),
     "bf16": (4, 512, 4),
@@ -352,14 +352,15 @@ def race_kernel(logits, inverse, seeds, positions, best, winner, size, BLOCK: tl
 
 @triton.jit
 def finish_kernel(best, winner, out, n_blocks, BLOCK: tl.constexpr):
-    """The winner of all blocks; of equals the lowest id; -1 where there is none."""
+    """The winner of all blocks; of equals the lowest id; -1 where a logit is NaN or +inf, -2 where none is left."""
     row = tl.program_id(0)
     b = tl.arange(0, BLOCK)
     scores = tl.load(best + row * n_blocks + b, mask=b < n_blocks, other=-float("inf"))
     index = tl.argmax(scores, axis=0, tie_break_left=True)
     bad = tl.min(tl.load(winner + row * n_blocks + b, mask=b < n_blocks, other=0), axis=0) < 0
     none = tl.max(scores, axis=0) == -float("inf")
-    tl.store(out + row, tl.where(bad | none, -1, tl.load(winner + row * n_blocks + index)))
+    token = tl.load(winner + row * n_blocks + index)
+    tl.store(out + row, tl.where(bad, -1, tl.where(none, -2, token)))
 
 
 def matvec(
@@ -374,6 +375,7 @@ def matvec(
     while block_w >= 2 * n_words and warps > 1:  # short rows: fewer lanes, not idle ones
         block_w, warps = block_w // 2, warps // 2
     together = min(triton.next_power_of_2(rows), 4)
+    block_n = min(block_n, max(2 * block_n // (together * (1 + gate)), 1))  # what the registers hold
     out = torch.empty(-(-rows // together) * together, n_out, device=x.device)
     matvec_kernel[triton.cdiv(n_out, block_n), len(out) // together](
         x, w.words, w.scales, norm_weight, norm_bias, bias, residual, out,
@@ -397,7 +399,8 @@ def matmul(x: Any, w: Any) -> torch.Tensor:
     matmul_kernel[triton.cdiv(n_out, block_n), triton.cdiv(rows, block_m)](
         x, w.words.view(torch.uint8), w.scales, out, rows, n_out, n_in // each, w.scales.shape[1],
         FORMAT=w.format, GROUP=w.group, MINIMA=w.minima, ZERO=w.zero,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, num_warps=4 if block_m <= 64 else 8,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64 // each, num_warps=4 if block_m <= 64 else 8,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -409,7 +412,7 @@ def store(qkv: Any, at: Any, table: Any, spec: Any, turns: Any, pages: Any, scal
     store_kernel[len(qkv), spec.n_heads + 2 * spec.n_kv_heads](
         qkv, cos, sin, at, table, q, pages, scales, qkv.stride(0), table.stride(0), spec.layer, *pages.shape[1:3],
         PAIRS=0 if cos is None else cos.shape[1], INTERLEAVED=spec.rope is not None and spec.rope.interleaved,
-        num_warps=1, **shape_of(spec, scales),
+        num_warps=1, enable_fp_fusion=True, **shape_of(spec, scales),
     )  # fmt: skip
     return q
 
@@ -423,11 +426,11 @@ def attend(q: Any, at: Any, table: Any, spec: Any, pages: Any, scales: Any) -> t
     shape = shape_of(spec, scales)
     attend_kernel[len(q), spec.n_heads, SPLITS](
         q, at, table, pages, scales, best, weight, part, table.stride(0), spec.layer, *pages.shape[1:3],
-        spec.scale, window, SPLITS=SPLITS, num_warps=4, **shape,
+        spec.scale, window, SPLITS=SPLITS, num_warps=4, enable_fp_fusion=True, **shape,
     )  # fmt: skip
     out = torch.empty_like(q)
     sizes = {name: shape[name] for name in ("DIM", "BLOCK_D")}
-    merge_kernel[(n,)](best, weight, part, out, SPLITS=SPLITS, num_warps=1, **sizes)
+    merge_kernel[(n,)](best, weight, part, out, SPLITS=SPLITS, num_warps=1, enable_fp_fusion=True, **sizes)
     return out
 
 
@@ -438,7 +441,7 @@ def shape_of(spec: Any, scales: Any) -> dict[str, int]:
 
 
 def race(logits: Any, inverses: list[float], seeds: list[int], positions: list[int]) -> list[int]:
-    """The arg max of each row's logits times `inverses` (0: of the logits) plus Gumbel noise; -1 where it has none."""
+    """The arg max of each row's logits times `inverses` (0: of the logits) plus Gumbel noise (or see finish_kernel)."""
     logits = logits.contiguous()  # ranks' columns may have been cut from wider rows
     rows, size = logits.shape
     block = 1024
@@ -449,7 +452,8 @@ def race(logits: Any, inverses: list[float], seeds: list[int], positions: list[i
     winner = torch.empty(rows, n_blocks, dtype=torch.int32, device=logits.device)
     out = torch.empty(rows, dtype=torch.int32, device=logits.device)
     inverse = given[2].view(torch.float64)
-    race_kernel[rows, n_blocks](logits, inverse, given[0], given[1], best, winner, size, BLOCK=block)
-    finish_kernel[(rows,)](best, winner, out, n_blocks, BLOCK=triton.next_power_of_2(n_blocks))
+    exactly = {"enable_fp_fusion": False}  # as native/sampling.cpp rounds
+    race_kernel[rows, n_blocks](logits, inverse, given[0], given[1], best, winner, size, BLOCK=block, **exactly)
+    finish_kernel[(rows,)](best, winner, out, n_blocks, BLOCK=triton.next_power_of_2(n_blocks), **exactly)
     found: list[int] = out.tolist()
     return found

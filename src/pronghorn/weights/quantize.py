@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pronghorn.errors import CheckpointError
-from pronghorn.weights.types import DTYPES, Dense, Int4, Int8, Matrix, Tensor
+from pronghorn.weights.types import DTYPES, Dense, Int4, Int8, Made, Matrix, Tensor, Unquantized
 
 if TYPE_CHECKING:
     from pronghorn._native import Pool
@@ -136,6 +136,19 @@ def prepare(
         jobs = Jobs(parameters, tensors, plan, todo, threads or usable_processors())
         data |= jobs.in_memory() if not keep or sum(todo.values()) <= SMALL else jobs.cached(checkpoint, dtype)
     return {name: weight(parameters[name], plan[name], data[name]) for name in plan}
+
+
+def unquantized(
+    parameters: Mapping[str, Parameter], tensors: Mapping[str, Tensor], dtype: str, heads: Collection[str] = ()
+) -> dict[str, Unquantized]:
+    """What a device may quantize itself, of what `prepare` would: matrices of floats that lie in a file."""
+    found: dict[str, Unquantized] = {}
+    for name, parameter in parameters.items():
+        tensor, target = tensors[name], target_of(parameter, tensors[name], dtype, name in heads)
+        if target.format in QUANTIZED and tensor.dtype in ("f32", "f16", "bf16") and not isinstance(tensor, Made):
+            source = Dense(tensor.data, tensor.dtype, parameter.shape, parameter.transposed)
+            found[name] = Unquantized(source, tensor.name, *target, packed_bytes(parameter, target))
+    return found
 
 
 def weight(parameter: Parameter, target: Target, data: memoryview) -> Matrix:

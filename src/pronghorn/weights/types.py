@@ -96,6 +96,28 @@ class Int4(NamedTuple):
 Matrix = Dense | Int8 | Int4
 
 
+class Unquantized(NamedTuple):
+    """A matrix that is to be Int8 or Int4, with these `group` and `symmetric`, and is quantized where it will run.
+
+    `name` is the file's own, `nbytes` what the packed matrix takes.
+    """
+
+    source: Dense
+    name: str
+    format: str  # int8 | int4
+    group: int
+    symmetric: bool
+    nbytes: int
+
+    @property
+    def n_out(self) -> int:
+        return self.source.n_out
+
+    @property
+    def n_in(self) -> int:
+        return self.source.n_in
+
+
 class Module:
     """A node of a model's weights: `w.layers[0].self_attn.q_proj.weight` is the checkpoint's own name.
 
