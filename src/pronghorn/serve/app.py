@@ -84,6 +84,9 @@ class Service:
         self.status = "loading"
         self.n_open = 0  # POST requests whose answer has not gone out
         self.metrics = Metrics(self.models)
+        page = (resources.files("pronghorn.serve") / "page").iterdir()
+        kinds = ((file, PAGE_TYPES.get(file.name.rpartition(".")[2])) for file in page)
+        self.page_files = {file.name: (file.read_bytes(), kind) for file, kind in kinds if kind}
 
     def served(self, name: str | None) -> Served:
         """The model of that name; the only one, if it is not said."""
@@ -194,7 +197,7 @@ class Service:
             except UnicodeDecodeError as error:
                 raise Refusal(400, f"the body is no UTF-8: {error}") from None
         params = SamplingParams(max_tokens=min(20, self.settings.max_tokens or 20))
-        out = await unless_gone(request, self.whole(self.served(None), text, params))
+        out = await unless_gone(request, self.whole(request, self.served(None), text, params))
         return JSONResponse([{"generated_text": text + out.text}])
 
     def params(self, body: s.Sampling, **own: Any) -> SamplingParams:
@@ -229,7 +232,7 @@ class Service:
         if not body.stream:
             if body.stream_options:
                 raise Refusal(400, "stream_options is given, but stream is not true", param="stream_options")
-            outs = await unless_gone(request, all_of([self.whole(served, p, params) for p in prompts]))
+            outs = await unless_gone(request, all_of([self.whole(request, served, p, params) for p in prompts]))
             # Many alternatives take their time: elsewhere.
             found = await asyncio.to_thread(answers.whole, outs) if params.logprobs else answers.whole(outs)
             note_usage(note, found)
@@ -246,9 +249,9 @@ class Service:
         events = self.events(served, answers, streams, params.n, with_usage, note)
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
-    async def whole(self, served: Served, prompt: Prompt, params: SamplingParams) -> Output:
+    async def whole(self, request: Request, served: Served, prompt: Prompt, params: SamplingParams) -> Output:
         """All that becomes of a prompt."""
-        meter = Meter(self.metrics, served.name)
+        meter = Meter(self.metrics, served.name, request.scope["pronghorn"]["started"])
         if params.best_of not in (None, params.n):
             out = await served.engine.generate(prompt, params, timeout=self.settings.timeout)
             for sample in out.samples:
@@ -281,7 +284,7 @@ class Service:
         note: dict[str, Any],
     ) -> AsyncIterator[bytes]:
         """A stream's lines. Whoever reads slowly is waited for: tokens that come meanwhile are one chunk then."""
-        meters = [Meter(self.metrics, served.name) for _ in streams]
+        meters = [Meter(self.metrics, served.name, note["started"]) for _ in streams]
         held: dict[str, Any] | None = None  # a choice's last message, which may be the whole's last
         try:
             async for at, chunk in merged(streams):
@@ -421,14 +424,10 @@ class Service:
 
     async def page(self, request: Request) -> Response:
         """The playground's files."""
-        name = request.path_params.get("file", "index.html")
-        kind = PAGE_TYPES.get(name.rpartition(".")[2])
-        file = next(
-            (file for file in (resources.files("pronghorn.serve") / "page").iterdir() if file.name == name), None
-        )
-        if kind is None or file is None:
+        found = self.page_files.get(request.path_params.get("file", "index.html"))
+        if found is None:
             raise HTTPException(404)
-        return Response(file.read_bytes(), media_type=kind, headers=PAGE_HEADERS)
+        return Response(found[0], media_type=found[1], headers=PAGE_HEADERS)
 
 
 def app_of(service: Service) -> Starlette:
@@ -441,10 +440,10 @@ def app_of(service: Service) -> Starlette:
         )
         for operation in OPERATIONS
     ]
-    spec = document()
+    spec = JSONResponse(document()).body
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(spec)
+        return Response(spec, media_type="application/json")
 
     routes += [Route("/openapi.json", guarded(service, openapi))]
     routes += [Route(path, guarded(service, service.page)) for path in ("/", "/page/{file}")]
