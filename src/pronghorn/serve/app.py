@@ -243,7 +243,7 @@ class Service:
             if body.stream_options:
                 raise Refusal(400, "stream_options is given, but stream is not true", param="stream_options")
             outs = await unless_gone(request, all_of([self.whole(request, served, p, params) for p in prompts]))
-            long = params.logprobs or params.prompt_logprobs
+            long = params.logprobs is not None
             found = await self.aside(answers.whole, outs) if long else answers.whole(outs)
             note_usage(note, found)
             return await self.aside(LongResponse, found) if long else JSONResponse(found)
@@ -444,7 +444,8 @@ class LongResponse(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         """See Starlette."""
-        return "".join(json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).iterencode(content)).encode()
+        encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return "".join(encoder.iterencode(content)).encode()
 
 
 def step_back() -> None:
