@@ -5,17 +5,13 @@ from __future__ import annotations
 FIRST = 32
 """Prompt tokens beside decoding ones, before anything is known of their cost."""
 
-LOOK = 32
-"""Steps with prompts on end, after which one goes without."""
-
 
 class Pace:
     """A budget of prompt tokens for each step, from what steps were measured to cost.
 
     A step in which tokens are decoded should take no longer than `target_s`, or than twice what it takes when no
-    prompt is there, if that is more; now and then one goes without prompts, to know what that is. So the inter-token
-    latency of running requests is bounded while prompts come in, and prompts are as fast as that allows. Tokens never
-    depend on it: only when they come does.
+    prompt is there, if that is more. So the inter-token latency of running requests is bounded while prompts come in,
+    and prompts are as fast as that allows. Tokens never depend on it: only when they come does.
     """
 
     def __init__(self, max_tokens: int, *, target_s: float = 0.030) -> None:
@@ -23,7 +19,6 @@ class Pace:
         self.target_s = target_s
         self._alone: dict[int, float] = {}  # seconds of steps without prompts, by the bits of the number of rows
         self._token_s: float | None = None  # of a prompt's token beside decoding ones
-        self._n_mixed = 0  # steps with prompts since one that had none
         self._most = FIRST // 2  # prompt tokens that a step has had: what is learned of few is not true of many
 
     def alone(self, n_decoding: int) -> float:
@@ -33,12 +28,9 @@ class Pace:
         return 0.0 if near is None or not n_decoding else self._alone[near]
 
     def budget(self, n_decoding: int) -> int:
-        """Prompt tokens for a step that also decodes so many: all that fit if none decodes; 0 never twice on end."""
+        """Prompt tokens for a step that also decodes so many: at least 1, and all that fit if none decodes."""
         if not n_decoding:
             return self.max_tokens
-        if self._n_mixed >= LOOK:
-            self._n_mixed = 0
-            return 0
         limit = 2 * self._most
         if self._token_s:
             alone = self.alone(n_decoding)
@@ -51,13 +43,12 @@ class Pace:
         if not n_prompt:
             bits = n_decoding.bit_length()
             before = self._alone.get(bits, seconds)
-            self._alone[bits] = before + 0.2 * (seconds - before)
-            self._n_mixed = 0
+            self._alone[bits] = before + (0.3 if seconds < before else 0.05) * (seconds - before)  # few are disturbed
             return
-        self._n_mixed += n_decoding > 0
         cost = max(seconds - self.alone(n_decoding), 0.0) / n_prompt
         self._most = max(self._most, n_prompt)
         if self._token_s is None:
             self._token_s = cost
-        else:  # few tokens tell little; and dearer is not believed at once: it may be a disturbance
-            self._token_s += 0.2 * min(1.0, n_prompt / 32) * (cost - self._token_s)
+        else:  # dearer at once, cheaper by and by; a few tokens tell little
+            weight = min(1.0, n_prompt / 32) * (0.7 if cost > self._token_s else 0.2)
+            self._token_s += weight * (cost - self._token_s)
