@@ -3,6 +3,9 @@
     pronghorn serve -m MODEL --port 8000 &
     python bench/load.py -m MODEL --url http://127.0.0.1:8000 --clients 64 --burst 512 --leave 0.33 --seconds 120
 
+With `--saturate N`, N more keep the handlers busy in every second tenth of the time, by requests that the engine has
+nothing to do with: what streams notice of them is told apart.
+
 `--url` may be another server's with OpenAI's /v1/completions, such as llama-server; its answers are its own then, and
 --unchecked says so. Exit status 1: an answer was wrong or cut, or a refusal was no 429.
 """
@@ -37,7 +40,9 @@ class Load:
             params = SamplingParams(max_tokens=args.new, temperature=0.8, seed=1, ignore_eos=True)
             self.answers = [] if args.unchecked else [out.text for out in llm.generate(self.prompts, params)]
         self.first: list[float] = []  # seconds to a first token
-        self.gaps: list[float] = []  # and from message to message
+        self.gaps: tuple[list[float], list[float]] = [], []  # and from message to message; while handlers are saturated
+        self.saturated = False
+        self.n_handled = 0  # requests that have saturated them
         self.ends: Counter[str] = Counter()
         self.n_tokens = 0
 
@@ -47,7 +52,7 @@ class Load:
         wanted = {"prompt": self.prompts[index], "max_tokens": self.args.new, "temperature": 0.8, "seed": 1}
         body = json.dumps({**wanted, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}})
         head = f"Host: {self.address.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        started = last = time.perf_counter()
+        last = time.perf_counter()
         stop_at = self.random.randrange(1, self.args.new) if leaves else None
         text, n_messages, usage = "", 0, None
         reader, writer = await asyncio.open_connection(self.address.hostname, self.address.port)
@@ -71,7 +76,7 @@ class Load:
                     return
                 for choice in message["choices"]:
                     now = time.perf_counter()
-                    (self.gaps if n_messages else self.first).append(now - (last if n_messages else started))
+                    (self.gaps[self.saturated] if n_messages else self.first).append(now - last)
                     last, n_messages, text = now, n_messages + 1, text + choice["text"]
                 if stop_at is not None and n_messages >= stop_at:
                     self.ends["left"] += 1
@@ -86,11 +91,32 @@ class Load:
         while time.perf_counter() < until:
             await self.request(leaves=self.random.random() < self.args.leave)
 
+    async def saturate(self, until: float) -> None:
+        """One more's requests: large bodies, large answers, and refusals."""
+        text = " ".join(self.random.choices(WORDS, k=20_000))
+        bodies = ("/tokenize", {"content": text}), ("/detokenize", {"tokens": [1] * 20_000})
+        asked = [(path, json.dumps(body).encode()) for path, body in bodies]
+        asked += [
+            ("/openapi.json", b""),
+            ("/metrics", b""),
+            ("/v1/completions", b'{"prompt": "' + 100_000 * b"a" + b'"'),
+        ]
+        while time.perf_counter() < until:
+            if self.saturated:
+                await self.ask(*self.random.choice(asked))
+                self.n_handled += 1
+            else:
+                await asyncio.sleep(0.01)
+
     async def run(self) -> dict[str, object]:
         """All clients; a burst beside them in every fifth of the time."""
         args, started = self.args, time.perf_counter()
         before = await self.resident()
         clients = [asyncio.create_task(self.client(started + args.seconds)) for _ in range(args.clients)]
+        clients += [asyncio.create_task(self.saturate(started + args.seconds)) for _ in range(args.saturate)]
+        for _ in range(10 if args.saturate else 0):
+            await asyncio.sleep(args.seconds / 10)
+            self.saturated = not self.saturated
         for _ in range(4 if args.burst else 0):
             await asyncio.sleep(args.seconds / 5)
             burst = (self.request(leaves=self.random.random() < args.leave) for _ in range(args.burst - args.clients))
@@ -102,7 +128,8 @@ class Load:
             "ends": dict(self.ends),
             "tokens_s": round(self.n_tokens / seconds, 1),
             "ttft_ms": percentiles(self.first),
-            "between_messages_ms": percentiles(self.gaps),
+            "between_messages_ms": percentiles(self.gaps[False]),
+            **({"saturated_ms": percentiles(self.gaps[True]), "handled": self.n_handled} if args.saturate else {}),
             "resident_mb": [before, await self.resident()],
             "running_after": await self.metric(r"num_requests_running{[^}]*} (\S+)"),
         }
@@ -114,11 +141,18 @@ class Load:
 
     async def metric(self, pattern: str) -> float | None:
         """A value of /metrics, if there is one."""
-        reader, writer = await asyncio.open_connection(self.address.hostname, self.address.port)
-        writer.write(f"GET /metrics HTTP/1.1\r\nHost: {self.address.netloc}\r\nConnection: close\r\n\r\n".encode())
-        found = re.search(pattern, (await reader.read()).decode(), re.MULTILINE)
-        writer.close()
+        found = re.search(pattern, (await self.ask("/metrics")).decode(), re.MULTILINE)
         return float(found[1]) if found else None
+
+    async def ask(self, path: str, data: bytes = b"") -> bytes:
+        """The answer to a request, with its head."""
+        head = f"{'POST' if data else 'GET'} {path} HTTP/1.1\r\nHost: {self.address.netloc}\r\nConnection: close"
+        reader, writer = await asyncio.open_connection(self.address.hostname, self.address.port)
+        try:
+            writer.write(f"{head}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+            return await reader.read()
+        finally:
+            writer.close()
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -135,6 +169,7 @@ def main() -> int:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--burst", type=int, default=0, help="clients at once, four times")
+    parser.add_argument("--saturate", type=int, default=0, help="clients that keep handlers busy, half of the time")
     parser.add_argument("--leave", type=float, default=0.0, help="part of the requests that are left amid their stream")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--prompt", type=int, default=64, help="tokens")

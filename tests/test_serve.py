@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pronghorn import LLM, PronghornError, SamplingParams
+from pronghorn import LLM, AsyncLLM, PronghornError, SamplingParams
 from tiny import save_tiny
 
 openai = pytest.importorskip("openai", reason="the extra `test` has it")
@@ -113,7 +113,7 @@ class Server:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or else the kernel would read for it
         sock.settimeout(60)
         sock.connect(("127.0.0.1", self.port))
-        head = f"Host: a\r\nX-API-Key: {self.key}\r\nContent-Length: {len(data)}"
+        head = f"Host: localhost\r\nX-API-Key: {self.key}\r\nContent-Length: {len(data)}"
         sock.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n{data}".encode())
         assert b"HTTP/1.1 200" in sock.recv(100)
         return sock
@@ -122,7 +122,7 @@ class Server:
         """A request that is no stream, whose client leaves while it runs."""
         with self.open_stream() as sock:  # beside another
             data = json.dumps({"model": "long", "prompt": "a", "max_tokens": LONG, "ignore_eos": True})
-            head = f"Host: a\r\nX-API-Key: {self.key}\r\nContent-Length: {len(data)}"
+            head = f"Host: localhost\r\nX-API-Key: {self.key}\r\nContent-Length: {len(data)}"
             with socket.create_connection(sock.getpeername()) as other:
                 other.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n{data}".encode())
                 self.until(lambda: self.metric("num_requests_running") == 2)
@@ -454,7 +454,7 @@ def test_left_embeddings_end_and_others_go_on(server: Server) -> None:
     data = json.dumps({"input": ["a" * 2000] * 30, "model": "long"})
     for _ in range(8):
         with socket.create_connection(("127.0.0.1", server.port)) as sock:
-            head = f"Host: a\r\nContent-Length: {len(data)}"
+            head = f"Host: localhost\r\nContent-Length: {len(data)}"
             sock.sendall(f"POST /v1/embeddings HTTP/1.1\r\n{head}\r\n\r\n{data}".encode())
     assert server.ask("/v1/embeddings", {"input": "a", "model": "long"})[0] == 200
     server.until(server.idle)
@@ -554,9 +554,21 @@ def test_pages_of_elsewhere(server: Server, models: dict[str, Path]) -> None:
     for origin in ("http://example.org", "null", f"http://127.0.0.1:{server.port + 1}"):
         server.refused("/v1/completions", body, 403, f"pages of {origin} may not", origin=origin)
     assert server.ask("/v1/completions", body, origin=f"http://127.0.0.1:{server.port}")[0] == 200
-    with serving("-m", str(models["tiny"]), "--cors", "http://example.org") as other:
+    with serving("-m", str(models["tiny"]), "--cors", "http://example.org", "--allow-host", "A.example") as other:
         status, _, heads = other.ask("/v1/completions", body, origin="http://example.org")
         assert (status, heads["access-control-allow-origin"]) == (200, "http://example.org")
+        for host in ("a.example", "a.EXAMPLE.:80", "localhost"):
+            assert other.ask("/health", host=host)[0] == 200
+        other.refused("/health", None, 403, "Host is 'b.example'", host="b.example")
+
+
+def test_names_of_elsewhere(server: Server) -> None:
+    """A page whose own name leads here is no stranger to its browser. Addresses are no names, and localhost is ours."""
+    for host in ("example.org", "example.org:8000", "127.0.0.1.example.org", "localhost.example.org", "alocalhost", ""):
+        for path, body in (("/", None), ("/v1/completions", {"prompt": "a", "model": "tiny", "max_tokens": 1})):
+            server.refused(path, body, 403, f"Host is '{host}'", host=host, origin=f"http://{host}")
+    for host in ("localhost", f"LocalHost:{server.port}", "a.localhost.", "127.0.0.1", "192.168.1.2:80", "[::1]:80"):
+        assert server.ask("/health", host=host)[0] == 200
 
 
 def test_a_path_has_one_line_in_the_log(server: Server) -> None:
@@ -601,7 +613,7 @@ def test_keys_and_shares_and_the_queue(models: dict[str, Path], tmp_path: Path) 
         for name in ("good", "second"):
             assert server.ask("/v1/completions", body, x_api_key=name, authorization="")[0] == 200
         for path in ("/health", "/openapi.json"):
-            assert server.ask(path, authorization="")[0] == 200
+            assert server.ask(path, authorization="", host="example.org")[0] == 200  # with keys, by any name
         assert server.ask("/health", origin="http://a")[2]["access-control-allow-origin"] == "http://a"
         assert "access-control-allow-origin" not in server.ask("/health", origin="http://b")[2]
         assert server.ask("/v1/models", method="OPTIONS", origin="http://a", authorization="",
@@ -678,12 +690,15 @@ def test_a_slow_reader_gets_all_of_it(server: Server) -> None:
 
 def test_connections_are_given_up_in_the_end() -> None:
     """Half-open sockets, and those whose window stays shut: the kernel ends them, as the listener's options say."""
-    from pronghorn.serve.main import PATIENCE, listen
+    from pronghorn.serve.main import PATIENCE, is_loopback, listen
 
     with listen("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname()), sock.accept()[0] as accepted:
         assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 15
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == PATIENCE * 1000
+        assert is_loopback(sock)
+    with listen("0.0.0.0", 0) as sock:
+        assert not is_loopback(sock)
     with pytest.raises(PronghornError, match=r"256\.0\.0\.1"), listen("256.0.0.1", 0):
         pass
 
@@ -691,10 +706,10 @@ def test_connections_are_given_up_in_the_end() -> None:
 def test_bytes_that_are_no_request(server: Server) -> None:
     for data in (
         b"nonsense\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 200_000 + b"\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 200_000 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{",  # and nothing more
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{",  # and nothing more
     ):
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
             answer = b""
@@ -831,24 +846,45 @@ def test_tls(models: dict[str, Path], tmp_path: Path) -> None:
         connection.close()
 
 
+async def served_here(app: Any, path: str, method: str, *, whole: bool = True, after: float = 0) -> tuple[int, bytes]:
+    """An answer of the application in this process; the request's body comes `after` seconds."""
+    messages: list[Any] = []
+    parts = iter([{"type": "http.request", "body": b'{"prompt": "a", "max_tokens": 1}', "more_body": not whole}])
+
+    async def receive() -> Any:
+        await asyncio.sleep(after)
+        return next(parts, None) or await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    await app({"type": "http", "method": method, "path": path, "headers": [], "query_string": b""}, receive, send)
+    return messages[0]["status"], messages[1]["body"]
+
+
+def test_a_first_tokens_time_begins_with_its_request(llm: LLM) -> None:
+    """Not when the body has come, or the prompt is made into tokens."""
+    from pronghorn.serve.app import Served, Service, app_of
+    from pronghorn.serve.operation import Settings
+
+    async def main() -> None:
+        async with AsyncLLM(llm) as engine:
+            service = Service(Settings())
+            service.models["tiny"], service.status = Served("tiny", engine, 0, ""), "ok"
+            assert (await served_here(app_of(service), "/v1/completions", "POST", after=0.1))[0] == 200
+            name = "pronghorn:time_to_first_token_seconds_sum"
+            assert service.metrics.registry.get_sample_value(name, {"model_name": "tiny"}) >= 0.1
+
+    asyncio.run(main())
+
+
 def test_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a body that never comes."""
     from pronghorn.serve import app
     from pronghorn.serve.operation import Settings
 
     async def ask(path: str, method: str, *, whole: bool = True) -> tuple[int, bytes]:
-        messages: list[Any] = []
-        parts = iter([{"type": "http.request", "body": b'{"prompt": "a"}', "more_body": not whole}])
-
-        async def receive() -> Any:
-            return next(parts, None) or await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            messages.append(message)
-
-        scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b""}
-        await app.app_of(app.Service(Settings()))(scope, receive, send)
-        return messages[0]["status"], messages[1]["body"]
+        return await served_here(app.app_of(app.Service(Settings())), path, method, whole=whole)
 
     assert asyncio.run(ask("/health", "GET")) == (503, b'{"status":"loading"}')
     status, body = asyncio.run(ask("/v1/completions", "POST"))

@@ -201,6 +201,9 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0: any that is free)")
     add.add_argument("--api-keys", metavar="FILE", help="a key a line; also PRONGHORN_API_KEYS, with commas")
     add.add_argument("--cors", action="append", metavar="ORIGIN", help="let pages of this origin ask (*: of any)")
+    text = "a name by which it may be called (*: any), beside localhost and addresses (default: none if it has no keys "
+    text += "and listens to this machine alone, else any)"
+    add.add_argument("--allow-host", action="append", metavar="NAME", help=text)
     add.add_argument("--max-body", type=size, default=4 << 20, metavar="SIZE", help="of a request (default: 4M)")
     add.add_argument("--max-tokens", type=int, metavar="N", help="that an answer may have (default: the context's)")
     add.add_argument("--max-waiting", type=int, default=256, metavar="N", help="samples in the queue (default: 256)")

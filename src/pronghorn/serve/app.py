@@ -7,9 +7,12 @@ import base64
 import contextlib
 import json
 import math
+import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -84,6 +87,10 @@ class Service:
         self.status = "loading"
         self.n_open = 0  # POST requests whose answer has not gone out
         self.metrics = Metrics(self.models)
+        self.clerks = ThreadPoolExecutor(2, "pronghorn-clerk", step_back)
+        page = (resources.files("pronghorn.serve") / "page").iterdir()
+        kinds = ((file, PAGE_TYPES.get(file.name.rpartition(".")[2])) for file in page)
+        self.page_files = {file.name: (file.read_bytes(), kind) for file, kind in kinds if kind}
 
     def served(self, name: str | None) -> Served:
         """The model of that name; the only one, if it is not said."""
@@ -97,6 +104,10 @@ class Service:
             code = "model_not_found"
             raise Refusal(400 if name is None else 404, f"{fault}: expected one of {known}", param="model", code=code)
         return self.models[name]
+
+    async def aside(self, work: Callable[..., T], *args: Any) -> T:
+        """What may take long, and is nothing for the engine: by threads that leave the processors to its own."""
+        return await asyncio.get_running_loop().run_in_executor(self.clerks, work, *args)
 
     async def body(self, request: Request) -> bytes:
         """A request's body, if it is not too long, and comes."""
@@ -135,8 +146,10 @@ class Service:
             best_of=body.best_of,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
-        tokenizer = served.llm.tokenizer if body.echo or body.logprobs is not None else None
-        texts = [p if isinstance(p, str) else tokenizer.decode(p) if tokenizer else "" for p in prompts]
+        texts = [""] * len(prompts)
+        if body.echo or body.logprobs is not None:
+            decode = served.llm.tokenizer.decode
+            texts = [p if isinstance(p, str) else await self.aside(decode, p) for p in prompts]
         answers = Completions(served, texts, echo=bool(body.echo), n_top=body.logprobs, n=params.n, scores=scores)
         return await self.answer(request, served, answers, prompts, params, body)
 
@@ -194,7 +207,7 @@ class Service:
             except UnicodeDecodeError as error:
                 raise Refusal(400, f"the body is no UTF-8: {error}") from None
         params = SamplingParams(max_tokens=min(20, self.settings.max_tokens or 20))
-        out = await unless_gone(request, self.whole(self.served(None), text, params))
+        out = await unless_gone(request, self.whole(request, self.served(None), text, params))
         return JSONResponse([{"generated_text": text + out.text}])
 
     def params(self, body: s.Sampling, **own: Any) -> SamplingParams:
@@ -229,11 +242,11 @@ class Service:
         if not body.stream:
             if body.stream_options:
                 raise Refusal(400, "stream_options is given, but stream is not true", param="stream_options")
-            outs = await unless_gone(request, all_of([self.whole(served, p, params) for p in prompts]))
-            # Many alternatives take their time: elsewhere.
-            found = await asyncio.to_thread(answers.whole, outs) if params.logprobs else answers.whole(outs)
+            outs = await unless_gone(request, all_of([self.whole(request, served, p, params) for p in prompts]))
+            long = params.logprobs is not None
+            found = await self.aside(answers.whole, outs) if long else answers.whole(outs)
             note_usage(note, found)
-            return await asyncio.to_thread(JSONResponse, found) if params.logprobs else JSONResponse(found)
+            return await self.aside(LongResponse, found) if long else JSONResponse(found)
         streams: list[AsyncStream] = []
         try:
             for prompt in prompts:
@@ -246,9 +259,9 @@ class Service:
         events = self.events(served, answers, streams, params.n, with_usage, note)
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
-    async def whole(self, served: Served, prompt: Prompt, params: SamplingParams) -> Output:
+    async def whole(self, request: Request, served: Served, prompt: Prompt, params: SamplingParams) -> Output:
         """All that becomes of a prompt."""
-        meter = Meter(self.metrics, served.name)
+        meter = Meter(self.metrics, served.name, request.scope["pronghorn"]["started"])
         if params.best_of not in (None, params.n):
             out = await served.engine.generate(prompt, params, timeout=self.settings.timeout)
             for sample in out.samples:
@@ -281,7 +294,7 @@ class Service:
         note: dict[str, Any],
     ) -> AsyncIterator[bytes]:
         """A stream's lines. Whoever reads slowly is waited for: tokens that come meanwhile are one chunk then."""
-        meters = [Meter(self.metrics, served.name) for _ in streams]
+        meters = [Meter(self.metrics, served.name, note["started"]) for _ in streams]
         held: dict[str, Any] | None = None  # a choice's last message, which may be the whole's last
         try:
             async for at, chunk in merged(streams):
@@ -331,20 +344,18 @@ class Service:
         if len(inputs) > MOST_INPUTS:
             raise Refusal(400, f"input has {len(inputs)} elements: expected at most {MOST_INPUTS}", param="input")
         vectors, n_tokens = await unless_gone(request, self.embed(served, inputs))
-        data = [
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": base64.b64encode(vector.tobytes()).decode()
-                if body.encoding_format == "base64"
-                else vector.tolist(),
-            }
-            for index, vector in enumerate(vectors)
-        ]
-        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         request.scope["pronghorn"] |= {"model": served.name, "prompt_tokens": n_tokens}
-        found = {"object": "list", "data": data, "model": served.name, "usage": usage}
-        return await asyncio.to_thread(JSONResponse, found)
+
+        def told_of(index: int, vector: NDArray[np.float32]) -> dict[str, Any]:
+            packed = base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else None
+            return {"object": "embedding", "index": index, "embedding": packed or vector.tolist()}
+
+        def answer() -> Response:
+            data = [told_of(index, vector) for index, vector in enumerate(vectors)]
+            usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+            return LongResponse({"object": "list", "data": data, "model": served.name, "usage": usage})
+
+        return await self.aside(answer)
 
     async def embed(self, served: Served, prompts: Sequence[Prompt]) -> tuple[list[NDArray[np.float32]], int]:
         """The vectors, and how many tokens they are of. One request at a time; the others wait, up to a number."""
@@ -392,24 +403,25 @@ class Service:
         """Text to token ids."""
         body = await self.read(request, s.TokenizeRequest)
         served = self.served(body.model)
-        tokenizer = served.llm.tokenizer
-        ids = await asyncio.to_thread(tokenizer.encode, body.content, add_special=bool(body.add_special))
-        if not body.with_pieces:
-            return JSONResponse({"tokens": ids})
-        found: list[dict[str, Any]] = []
-        for token_id in ids:
+
+        def piece(token_id: int) -> dict[str, Any]:
             data = served.pieces.of(token_id)[1]
-            with contextlib.suppress(UnicodeDecodeError):
-                found.append({"id": token_id, "piece": data.decode()})
-                continue
-            found.append({"id": token_id, "piece": list(data)})
-        return JSONResponse({"tokens": found})
+            try:
+                return {"id": token_id, "piece": data.decode()}
+            except UnicodeDecodeError:
+                return {"id": token_id, "piece": list(data)}
+
+        def answer() -> Response:
+            ids = served.llm.tokenizer.encode(body.content, add_special=bool(body.add_special))
+            return LongResponse({"tokens": list(map(piece, ids)) if body.with_pieces else ids})
+
+        return await self.aside(answer)
 
     async def detokenize(self, request: Request) -> Response:
         """Token ids to text."""
         body = await self.read(request, s.DetokenizeRequest)
         tokenizer = self.served(body.model).llm.tokenizer
-        return JSONResponse({"content": await asyncio.to_thread(tokenizer.decode, body.tokens)})
+        return JSONResponse({"content": await self.aside(tokenizer.decode, body.tokens)})
 
     async def health(self, request: Request) -> Response:
         """Whether requests are taken; a load balancer turns away while they are not."""
@@ -421,14 +433,25 @@ class Service:
 
     async def page(self, request: Request) -> Response:
         """The playground's files."""
-        name = request.path_params.get("file", "index.html")
-        kind = PAGE_TYPES.get(name.rpartition(".")[2])
-        file = next(
-            (file for file in (resources.files("pronghorn.serve") / "page").iterdir() if file.name == name), None
-        )
-        if kind is None or file is None:
+        found = self.page_files.get(request.path_params.get("file", "index.html"))
+        if found is None:
             raise HTTPException(404)
-        return Response(file.read_bytes(), media_type=kind, headers=PAGE_HEADERS)
+        return Response(found[0], media_type=found[1], headers=PAGE_HEADERS)
+
+
+class LongResponse(JSONResponse):
+    """JSON of lists that may be long: written in Python, as json's C code would keep the interpreter to itself."""
+
+    def render(self, content: Any) -> bytes:
+        """See Starlette."""
+        encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return "".join(encoder.iterencode(content)).encode()
+
+
+def step_back() -> None:
+    """Has other threads go before this one, where the system gives a thread a priority of its own."""
+    if sys.platform == "linux":
+        os.nice(10)
 
 
 def app_of(service: Service) -> Starlette:
@@ -441,10 +464,10 @@ def app_of(service: Service) -> Starlette:
         )
         for operation in OPERATIONS
     ]
-    spec = document()
+    spec = JSONResponse(document()).body
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(spec)
+        return Response(spec, media_type="application/json")
 
     routes += [Route("/openapi.json", guarded(service, openapi))]
     routes += [Route(path, guarded(service, service.page)) for path in ("/", "/page/{file}")]

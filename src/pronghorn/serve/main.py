@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
+import ipaddress
 import os
 import signal
 import socket
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
     settings = Settings(
         keys=keys,
         cors=tuple(args.cors or ()),
+        hosts=tuple(name.lower() for name in args.allow_host) if args.allow_host else None,
         max_body=args.max_body,
         max_tokens=args.max_tokens,
         max_waiting=args.max_waiting,
@@ -65,7 +67,14 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
             raise ParameterError(f"{file}: there is no such file")
     set_up_logs(args.log_format)
     with listen(args.host, args.port) as sock:
+        if not keys and not args.allow_host and is_loopback(sock):
+            settings = settings._replace(hosts=())
         asyncio.run(serve(args, settings, names, load, sock))
+
+
+def is_loopback(sock: socket.socket) -> bool:
+    """Whether it can be reached from this machine alone."""
+    return ipaddress.ip_address(sock.getsockname()[0]).is_loopback
 
 
 @contextlib.contextmanager
@@ -157,7 +166,7 @@ async def serve(
         loaded.result()
         service.status = "ok"
         log.info("%s: serving %s", address, ", ".join(service.models))
-        if not settings.keys and host not in ("127.0.0.1", "::1"):
+        if not settings.keys and not is_loopback(sock):
             log.warning("anyone who reaches %s may use this server: it has no API keys", host)
         await asyncio.wait(either[1:], return_when=asyncio.FIRST_COMPLETED)
         service.status = "draining"

@@ -72,10 +72,10 @@ class Metrics:
 
 
 class Meter:
-    """One request's times."""
+    """One request's times. `started`: when it came, by time.perf_counter()."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        self.started = time.perf_counter()
+    def __init__(self, metrics: Metrics, model: str, started: float) -> None:
+        self.started = started
         self.last: dict[int, float] = {}  # by sample
         self.ttft, self.gap = metrics.ttft.labels(model), metrics.gap.labels(model)
         self.whole, self.ended = metrics.whole.labels(model), metrics.ended

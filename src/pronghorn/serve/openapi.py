@@ -11,11 +11,12 @@ from pydantic.json_schema import models_json_schema
 from pronghorn import __version__
 from pronghorn.serve import schemas as s
 
-POST_FAULTS = (400, 401, 404, 408, 413, 429, 500, 503, 504)
+POST_FAULTS = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 MEANINGS = {
     200: "The answer.",
     400: "The request cannot be run; `message` says why, `param` where.",
     401: "The API key is missing or wrong.",
+    403: "A page of elsewhere asks, or asks by a name that is not this server's.",
     404: "There is no such model.",
     408: "The body did not come.",
     413: "The body is too long.",
@@ -47,15 +48,15 @@ OPERATIONS = (
               s.ChatCompletion, s.ChatRequest, POST_FAULTS, streams=True),
     Operation("POST", "/v1/embeddings", "embeddings", "Texts as vectors of length 1.", s.Embeddings,
               s.EmbeddingRequest, POST_FAULTS),
-    Operation("GET", "/v1/models", "list_models", "What is served.", s.Models, faults=(401,)),
-    Operation("GET", "/v1/models/{model}", "model", "One of them.", s.ModelCard, faults=(401, 404, 503)),
+    Operation("GET", "/v1/models", "list_models", "What is served.", s.Models, faults=(401, 403)),
+    Operation("GET", "/v1/models/{model}", "model", "One of them.", s.ModelCard, faults=(401, 403, 404, 503)),
     Operation("POST", "/tokenize", "tokenize", "Text to token ids.", s.Tokenized, s.TokenizeRequest, POST_FAULTS),
     Operation("POST", "/detokenize", "detokenize", "Token ids to text.", s.Detokenized, s.DetokenizeRequest,
               POST_FAULTS),
     Operation("POST", "/", "inputs", "A text and the likeliest 20 tokens after it, as fast_gpt2 has it.",
               s.Generated, s.InputsRequest, POST_FAULTS, takes_text=True),
     Operation("GET", "/health", "health", "Whether requests are taken.", s.Health),
-    Operation("GET", "/metrics", "metrics_text", "For Prometheus.", "text/plain", faults=(401,)),
+    Operation("GET", "/metrics", "metrics_text", "For Prometheus.", "text/plain", faults=(401, 403)),
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -37,6 +38,7 @@ class Settings(NamedTuple):
 
     keys: tuple[str, ...] = ()  # none: everybody may come
     cors: tuple[str, ...] = ()  # origins
+    hosts: tuple[str, ...] | None = None  # names by which it may be called, beside localhost and addresses; None: any
     max_body: int = 4 << 20  # bytes
     max_tokens: int | None = None  # that a request may ask for
     max_waiting: int | None = 256  # samples in the queue
@@ -113,10 +115,11 @@ class Door:
         """See ASGI."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers, started = Headers(scope=scope), time.perf_counter()
+        headers = Headers(scope=scope)
         name = headers.get("x-request-id", "")
         name = name if re.fullmatch(r"[\w.:/+=-]{1,128}", name, re.ASCII) else f"req-{secrets.token_hex(12)}"
         about: dict[str, Any] = {"request_id": name, "method": scope["method"], "path": quote(scope["path"])}
+        about["started"] = time.perf_counter()
         scope["pronghorn"] = about
         status, asks = 0, int(scope["method"] == "POST")
         self.service.n_open += asks
@@ -140,18 +143,23 @@ class Door:
             await Refusal(500, "a fault of the server", "server_error").response()(scope, receive, answer)
         finally:
             self.service.n_open -= asks
-            about |= {"status": about.pop("left", status or LEFT), "seconds": round(time.perf_counter() - started, 4)}
-            route = about.pop("route", "unknown")
+            seconds, route = time.perf_counter() - about.pop("started"), about.pop("route", "unknown")
+            about |= {"status": about.pop("left", status or LEFT), "seconds": round(seconds, 4)}
             self.service.metrics.http.labels(route, str(about["status"])).inc()
             level = logging.DEBUG if route in ("/health", "/metrics") else logging.INFO
             log.log(level, "%s", " ".join(map(str, about.values())), extra={"about": about})
 
     @contextlib.contextmanager
     def _let_in(self, scope: Scope, headers: Headers, about: dict[str, Any]) -> Iterator[None]:
-        """Checks the key, and that it has not too many requests already."""
+        """Checks whom it calls, who asks, by which key, and that this has not too many requests already."""
         path, keys, cors = scope["path"], self.settings.keys, self.settings.cors
-        origin = headers.get("origin")
-        if origin and urlsplit(origin).netloc != headers.get("host") and not {origin, "*"}.intersection(cors):
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.settings.hosts is not None and not is_own(host, self.settings.hosts):
+            # A page of elsewhere may have let its own name lead here, so that its browser finds no fault.
+            raise Refusal(
+                403, f"Host is {host!r}: not a name of this server (--allow-host adds one)", code="foreign_host"
+            )
+        if origin and urlsplit(origin).netloc != host and not {origin, "*"}.intersection(cors):
             # A page of elsewhere can have a browser send it, though it could not read the answer.
             raise Refusal(403, f"pages of {origin} may not ask this server (--cors lets them)", code="foreign_origin")
         free = scope["method"] in ("GET", "HEAD") and (path in OPEN or path.startswith("/page/"))
@@ -173,6 +181,15 @@ class Door:
             yield
         finally:
             self.at_once[key] -= n
+
+
+def is_own(host: str, names: Sequence[str]) -> bool:
+    """Whether a request's Host is one of the names, or what no foreign name can lead to: an address, or localhost."""
+    name = re.sub(r":\d*$", "", host).lower().removesuffix(".")
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+        return True
+    return f".{name}".endswith(".localhost") or name in names or "*" in names
 
 
 class JsonLines(logging.Formatter):
