@@ -12,7 +12,7 @@ arXiv:2309.01885). Rows are independent of each other, and shared out among thre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -39,8 +39,8 @@ class Options(NamedTuple):
     sweeps: int = 3
 
 
-def nearest(w: Floats, target: Target, importance: Floats | None = None) -> Codes:
-    """`w [n_out, n_in]` rounded to the nearest. importance [n_in] weighs the squares of errors.
+def nearest(w: Floats, target: Target, importance: Floats | None = None, shrinks: Sequence[float] = SHRINK) -> Codes:
+    """`w [n_out, n_in]` rounded to the nearest. importance [n_in] weighs the squares of errors; shrinks: see SHRINK.
 
     ValueError for values that are not finite, or too large for f16 scales.
     """
@@ -48,7 +48,7 @@ def nearest(w: Floats, target: Target, importance: Floats | None = None) -> Code
     group = target.group or w.shape[1]
 
     def rows(w: Floats) -> Codes:
-        scale, minimum = fit(grouped(w, group), target, grouped(importance[None], group)[0])
+        scale, minimum = fit(grouped(w, group), target, grouped(importance[None], group)[0], shrinks)
         q = codes_of(grouped(w, group), scale[..., None], minimum[..., None], target)
         return Codes(q.reshape(len(w), -1)[:, : w.shape[1]].astype(np.int8), scale, minimum)
 
@@ -122,7 +122,7 @@ def damped(hessian: Array, damp: float) -> Array:
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def fit(w: Floats, target: Target, importance: Floats) -> tuple[Floats, Floats]:
+def fit(w: Floats, target: Target, importance: Floats, shrinks: Sequence[float] = SHRINK) -> tuple[Floats, Floats]:
     """Scales and minima of `w [rows, groups, inputs]`, each [rows, groups], as they are stored.
 
     They minimise the sum of importance [groups, inputs] * (w - rounded w)^2, as far as a search finds: parts of the
@@ -150,7 +150,7 @@ def fit(w: Floats, target: Target, importance: Floats) -> tuple[Floats, Floats]:
             np.copyto(kept, part, where=better)
         return q
 
-    for shrink in SHRINK:
+    for shrink in shrinks:
         q = consider(whole * np.float32(shrink), base * np.float32(shrink))
         weighed = importance * q
         squares, product = np.einsum("rgi,rgi->rg", weighed, q) / total, np.einsum("rgi,rgi->rg", weighed, w) / total
