@@ -418,7 +418,7 @@ def test_scales_undo_a_disguise(name: str, tmp_path: Path) -> None:
     )
     assert error(folder, "gptq") > 3 * plain
     for method in ("scale", "scale+gptq"):
-        assert error(folder, method) < 1.2 * plain
+        assert error(folder, method) < 1.5 * plain
 
 
 def test_gptq_helps_a_trained_model(test_data: Path, tmp_path: Path) -> None:
@@ -438,6 +438,10 @@ def test_gptq_helps_a_trained_model(test_data: Path, tmp_path: Path) -> None:
                 )
             kl[name] = float((np.exp(p) * (p - q)).sum(1).mean())
     print(kl)
+    for format, most in (("int8-g32", 0.95), ("int4-g32-sym", 0.8)):  # it has no large channels: scales gain little
+        of = {method: kl[f"{format} {method}"] / kl[f"{format} nearest"] for method in quantize.METHODS}
+        assert max(of["gptq"], of["scale+gptq"]) < most
+        assert of["scale"] < 1.1
 
 
 # ---- budgets -----------------------------------------------------------------------------------------------------
@@ -530,6 +534,8 @@ MISTAKES: list[tuple[str, type[PronghornError], str]] = [
     ("--format int5", ParameterError, "the format is int5: expected one of int8, int8-g32, "),
     ("--sweeps 0", ParameterError, "--sweeps is for --calibrate"),
     ("--act-order", ParameterError, "--act-order is for --calibrate"),
+    ("--method scale", ParameterError, "--method is for --calibrate"),
+    ("--method awq --calibrate {short}", ParameterError, "the method is awq: expected one of scale"),
     ("--calibrate {empty}", PromptError, "empty.npy: "),
     ("--calibrate {huge} --window 50", PromptError, f"token id {2**64 - 1} is outside of the vocabulary"),
     ("--keep head", ParameterError, "--keep head: expected WHICH=FORMAT"),
@@ -614,6 +620,7 @@ def test_the_command_says_what_it_did(model: Path, tmp_path: Path, capsys: Any) 
     assert main(["info", "-m", str(tmp_path / "q")]) == 0
     assert "int4-g64, mapped" in (shown := capsys.readouterr().out)
     assert "bits a weight in matrices" in shown
+    assert "_quantized = by scale+gptq, for 14 windows of 50 tokens" in shown
     assert main(["generate", "Once", "-m", str(tmp_path / "q"), "-n", "5", "-q"]) == 0
     assert main(["quantize", str(model), str(tmp_path / "r")]) == 0
     assert "rounded to the nearest (no text to calibrate with)" in capsys.readouterr().err

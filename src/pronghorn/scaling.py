@@ -18,15 +18,14 @@ import numpy as np
 
 from pronghorn.models import Model
 from pronghorn.ops import Attention
-from pronghorn.ops.reference import to_int8
-from pronghorn.weights.gptq import nearest
+from pronghorn.weights.gptq import grouped, span
 from pronghorn.weights.packing import Floats
 from pronghorn.weights.quantize import FORMATS, sides
 from pronghorn.weights.types import Module
 
 POWERS = tuple(i / 8 for i in range(9))
 """Of a channel's root mean square, that are tried as its scale."""
-SAMPLE = 512  # of the tokens, and of the outputs of a layer, by which a power is chosen
+SAMPLE = 512  # of the tokens, by which a power is chosen
 
 
 class Channels(NamedTuple):
@@ -134,30 +133,33 @@ class Scaling:
         return (w.T * self.rows[name]).T if name in self.rows else w
 
     def choose(self, made: Channels, names: Sequence[str], x: Floats, squares: Floats) -> None:
-        """The power of the root mean square that rounds these layers' outputs best."""
+        """The power of the root mean square with which rounding is expected to change these layers' outputs least.
+
+        Rounding in steps of d adds errors of mean square d^2 / 12, and of independent signs: to each weight, times its
+        input's square; and to each input, times the squares of its weights.
+        """
         packed = [name for name in names if self.formats.get(name) in FORMATS]
         if not packed:
             return
-        x = x[:: -(-len(x) // SAMPLE)]
-        weights = {name: self.load(name) for name in packed}
-        weights = {name: w[:: -(-len(w) // SAMPLE)] for name, w in weights.items()}
-        exact = {name: x @ w.T for name, w in weights.items()}
         size = made.gather(np.sqrt(squares))
         size = np.log2(np.where(size > 0, size, 1))
         size -= size.mean()
+        weights = {name: self.load(name) for name in packed}
+        columns = {name: np.einsum("oi,oi->i", w, w) for name, w in weights.items()}
+        x = x[:: -(-len(x) // SAMPLE)]
 
         def scale_of(power: float) -> Floats:
             return np.exp2(np.rint(np.float32(power) * size))
 
         def loss(power: float) -> float:
-            scale = made.spread(scale_of(power))
-            total = 0.0
+            scale, total = made.spread(scale_of(power)), 0.0
             for name, w in weights.items():
                 target = FORMATS[self.formats[name]]
-                rounded = nearest(w * scale, target, squares / scale**2, shrinks=(1.0,)).values(target)
-                inputs: Any = x / scale
-                error = to_int8(inputs, target.group).astype(np.float32) @ rounded.T - exact[name]
-                total += float((error**2).sum() / ((exact[name] ** 2).sum() + np.float32(1e-30)))
+                group = target.group or w.shape[1]
+                step = span(grouped(w * scale, group), target)[0]  # [n_out, groups]
+                total += float((step**2).sum(0) @ grouped((squares / scale**2)[None], group)[0].sum(1))
+                step = np.abs(grouped(x / scale, group)).max(2) / 127  # [tokens, groups]
+                total += float((step**2).mean(0) @ grouped((columns[name] * scale**2)[None], group)[0].sum(1))
             return total
 
         self.fold(made, names, scale_of(min(POWERS, key=loss)))
