@@ -124,7 +124,8 @@ class Scaling:
         squares = np.einsum("ti,ti->i", x, x) / np.float32(len(x))
         if name in self.folds and name not in self.columns:
             self.choose(*self.folds[name], x, squares)
-        self.squares[name] = squares / self.columns.get(name, np.float32(1)) ** 2
+        squares = squares / self.columns.get(name, np.float32(1)) ** 2
+        self.squares[name] = squares + np.float32(0.01) * squares.mean()  # so that no weight is free
 
     def apply(self, name: str, w: Floats) -> Floats:
         """A weight, a vector or [n_out, n_in], with its scales."""
