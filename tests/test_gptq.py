@@ -510,7 +510,7 @@ def test_budgets(model: Path, ids: list[int], tmp_path: Path) -> None:
         model, tmp_path / "b", target_bpw=9, keep=[("first", "int8")], calibration=ids, window=50
     )
     assert 8.5 < bits("b") <= 9
-    assert said.startswith(f"{bits('b'):.3f} bits a weight, by scale+gptq, for 38 windows of 50 tokens")
+    assert said.startswith(f"{bits('b'):.3f} bits a weight, by gptq, for 38 windows of 50 tokens")
     assert re.fullmatch(r"KL \d\.\d{5} from the source, on 2 windows that were not calibrated with", kl)
     loose, tight = (
         (quantize.quantize(model, tmp_path / f"{most}", max_kl=most, calibration=ids, window=50)) for most in (3.0, 0.3)
@@ -535,7 +535,7 @@ MISTAKES: list[tuple[str, type[PronghornError], str]] = [
     ("--sweeps 0", ParameterError, "--sweeps is for --calibrate"),
     ("--act-order", ParameterError, "--act-order is for --calibrate"),
     ("--method scale", ParameterError, "--method is for --calibrate"),
-    ("--method awq --calibrate {short}", ParameterError, "the method is awq: expected one of scale"),
+    ("--method awq --calibrate {short}", ParameterError, "the method is awq: expected one of gptq"),
     ("--calibrate {empty}", PromptError, "empty.npy: "),
     ("--calibrate {huge} --window 50", PromptError, f"token id {2**64 - 1} is outside of the vocabulary"),
     ("--keep head", ParameterError, "--keep head: expected WHICH=FORMAT"),
@@ -616,11 +616,11 @@ def test_the_command_says_what_it_did(model: Path, tmp_path: Path, capsys: Any) 
     assert main([*words, "--calibrate", str(tmp_path / "text"), "--window", "50", "--act-order"]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'q'}\n"
-    assert "bits a weight, by scale+gptq, for 14 windows of 50 tokens" in err
+    assert "bits a weight, by gptq, for 14 windows of 50 tokens" in err
     assert main(["info", "-m", str(tmp_path / "q")]) == 0
     assert "int4-g64, mapped" in (shown := capsys.readouterr().out)
     assert "bits a weight in matrices" in shown
-    assert "_quantized = by scale+gptq, for 14 windows of 50 tokens" in shown
+    assert "_quantized = by gptq, for 14 windows of 50 tokens" in shown
     assert main(["generate", "Once", "-m", str(tmp_path / "q"), "-n", "5", "-q"]) == 0
     assert main(["quantize", str(model), str(tmp_path / "r")]) == 0
     assert "rounded to the nearest (no text to calibrate with)" in capsys.readouterr().err

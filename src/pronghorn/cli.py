@@ -282,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--keep", type=utf8, action="append", default=[], metavar="WHICH=FORMAT", help=text)
     text = "a text, or token ids in a .npy file, to quantize for (default: none, and rounding to the nearest)"
     add.add_argument("--calibrate", metavar="FILE", help=text)
-    text = "for it: scale+gptq (scales of channels, then GPTQ: the default), gptq, or scale, which is the fastest"
+    text = "for it: gptq (the default for int4), scale (channels; the fastest), scale+gptq (the default for int8)"
     add.add_argument("--method", metavar="HOW", help=text)
     add.add_argument("--windows", type=int, metavar="N", help="of it, from the beginning (default: 64)")
     add.add_argument("--window", type=int, metavar="N", help="tokens in each (default: 512)")

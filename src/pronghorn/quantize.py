@@ -1,8 +1,8 @@
 """`pronghorn quantize`: a model's matrices in 8 or 4 bits, in one safetensors file that is mapped and run as it is.
 
 Without a text, each weight is rounded to the nearest (weights.gptq.nearest). With one, the model runs over windows of
-it, all at once, and twice. First as it is: channels are scaled by what is seen of them (pronghorn.scaling). Then, when
-a linear layer's turn comes, its inputs have passed the quantized layers before it, rounded to 8 bits as the kernels
+it, all at once. First as it is, if channels are to be scaled by what is seen of them (pronghorn.scaling). Then, when a
+linear layer's turn comes, its inputs have passed the quantized layers before it, rounded to 8 bits as the kernels
 will, and GPTQ rounds its weights for these inputs. A head that is the embedding is quantized for the inputs that it has
 without quantization.
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import argparse
 
 DENSE = ("f32", "f16", "bf16")
-METHODS = ("scale+gptq", "gptq", "scale")
+METHODS = ("gptq", "scale", "scale+gptq")
 """What is done with a text: scales of channels (pronghorn.scaling), GPTQ (weights.gptq), or one after the other."""
 MEASURED = 2  # windows that a budget is measured on
 TRIES = 3  # at a budget of KL
@@ -59,7 +59,7 @@ def quantize(
     max_kl: float | None = None,
     keep: Sequence[tuple[str, str]] = (),
     calibration: Sequence[int] | None = None,
-    method: str = METHODS[0],
+    method: str | None = None,
     windows: int = 64,
     window: int = 512,
     options: Options | None = None,
@@ -68,8 +68,8 @@ def quantize(
     """Writes the model, its matrices in `format`, into a folder in Hugging Face's layout -> remarks, a line each.
 
     `format` is one of weights.quantize.FORMATS (default: int4-g64); `keep` names what has another, (which, format), the
-    later the stronger (see `choose`). `calibration`: token ids, of which `windows` windows are used, by one of METHODS;
-    None rounds to the nearest. What was done stands in config.json, as "_quantized". Instead of a format, `target_bpw`
+    later the stronger (see `choose`). `calibration`: token ids, of which `windows` windows are used, by one of METHODS
+    (default: scale+gptq for int8, gptq for int4, which scales make worse); None rounds to the nearest. What was done stands in config.json, as "_quantized". Instead of a format, `target_bpw`
     (bits a weight at most, of all matrices) or `max_kl` (KL divergence from the source at most, in nats) has it chosen
     for each part of a block, as pronghorn.mixing says; the first MEASURED windows are for that alone.
     Raises ParameterError for options that do not fit, CheckpointError for what is wrong in the source.
@@ -83,6 +83,7 @@ def quantize(
     if budget is not None and calibration is None:
         raise ParameterError("target_bpw and max_kl are reached by measuring on a text: give one to calibrate with")
     format = format or "int4-g64"
+    method = method or ("scale+gptq" if format.startswith("int8") else "gptq")
     check(options, format, keep, windows, window, method)
     checkpoint = open_for(source, path, folder=True, force=force)
     old, tensors = model_of(checkpoint)
