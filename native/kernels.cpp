@@ -87,6 +87,12 @@ inline F activate(Activation activation, F x) {
   }
 }
 
+// Asks for where outputs [o, o + n) of some rows go: stores are done in order, so each line would be waited for alone.
+__attribute__((always_inline)) inline void fetch_outputs(const Linear& l, i64 row, i64 n_rows, i64 o, i64 n) {
+  for (i64 r = row; r < row + n_rows; r++)
+    for (i64 i = kLanes - 1; i < n; i += kLanes) prefetch(l.y + r * l.y_stride + o + i);
+}
+
 // What follows a matrix product, for outputs [o, o + n) of a row: bias, activation, residual.
 inline void finish(const Linear& l, i64 row, i64 o, i64 n, F sum) {
   if (l.bias) sum = sum + load_first(l.bias + o, n);
@@ -370,7 +376,9 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
             for (int v = 0; v < P; v++) out[v] = T::stored(strip + (u * P + v) * kPanel * 4);
             for (i64 line = from; line < to; line++) T::fetch(next + u * T::kUnit * n_out, n_out, line);
           };
-          with_count<kRows>(smaller(kRows, n_rows - row), [&](auto count) {
+          const i64 together = smaller(kRows, n_rows - row);
+          if (first + units == n_units) fetch_outputs(l, first_row + row, together, o, n);
+          with_count<kRows>(together, [&](auto count) {
             constexpr int R = decltype(count)::value;
             add_units<T, R, P>(x, x_stride, units, sums + row * kWidth, kWidth, first == 0, stored);
           });
@@ -611,6 +619,7 @@ inline void quantized_rows(const Linear& l, const PanelLayout& layout, const u8*
   F total[R][P];
   for (auto& row_totals : total)
     for (F& t : row_totals) t = zero();
+  if (R > 1) fetch_outputs(l, row, R, o, P * kPanel);
   const auto add = [&](i64 g, i64 n_units, auto unrolled) {
     constexpr int N = decltype(unrolled)::value;
     const u8* values = panel + layout.values + g * (group / kUnit<K>)*64;
@@ -1023,6 +1032,12 @@ void rotate(const Rotation& rotation, float* x, i64 x_stride, i64 n_heads, i64 h
   }
 }
 
+// (Inlined at once, as Ahead's.)
+__attribute__((always_inline)) inline void fetch(const u8* ahead, i64 at, i64 size) {
+  if (ahead)
+    for (i64 i = 0; i < size; i += 64) prefetch(ahead + at + i);
+}
+
 inline u8* head_of(const KvLayer& kv, const KvLayout& layout, const Rows& rows, i64 row, i64 head, i64 position) {
   const i64 page = rows.page_table[rows.sequence[row] * rows.table_width + position / kPage];
   return kv.data + page * kv.page_stride + head * layout.size;
@@ -1038,9 +1053,19 @@ void store_kv(const KvLayer& kv, const Rows& rows, const float* k, i64 k_stride,
               i64 begin, i64 end) {
   const i64 dim = kv.head_dim;
   const KvLayout layout = kv_layout(kv.format, dim);
+  // A token's keys are one group a line: a new page's lines are asked for a head ahead, or each would be waited for.
+  const auto fetch_lines = [&](i64 row, i64 head) __attribute__((always_inline)) {
+    const i64 position = rows.positions[row], slot = position % kPage;
+    const u8* part = head_of(kv, layout, rows, row, head, position);
+    for (i64 d = 0; d < dim; d += layout.group) prefetch(part + layout.keys + (d / layout.group * kPage + slot) * 4);
+    fetch(part + layout.values + slot / layout.group * dim * 4, 0, dim * 4);
+  };
   for (i64 row = begin; row < end; row++) {
     const i64 slot = rows.positions[row] % kPage;
+    const bool fresh = row == begin || rows.sequence[row] != rows.sequence[row - 1] || slot == 0;
+    if (fresh) fetch_lines(row, 0);
     for (i64 h = 0; h < kv.n_kv_heads; h++) {
+      if (fresh && h + 1 < kv.n_kv_heads) fetch_lines(row, h + 1);
       u8* part = head_of(kv, layout, rows, row, h, rows.positions[row]);
       const float *kh = k + row * k_stride + h * dim, *vh = v + row * v_stride + h * dim;
       u8 *keys = part + layout.keys, *values = part + layout.values;
@@ -1059,8 +1084,9 @@ void store_kv(const KvLayer& kv, const Rows& rows, const float* k, i64 k_stride,
         if (dim % 2) rounded[dim] = 0;
         scatter<2>(rounded, dim, reinterpret_cast<u16*>(keys) + slot * 2, kPage * 2);
         round(vh);
-        auto* out = reinterpret_cast<u16*>(values) + slot / 2 * dim * 2 + slot % 2;
-        for (i64 d = 0; d < dim; d++) out[2 * d] = rounded[d];
+        auto* out = reinterpret_cast<u32*>(values) + slot / 2 * dim;
+        const u32 kept = slot % 2 ? 0xffff : 0xffff0000, shift = slot % 2 * 16;
+        for (i64 d = 0; d < dim; d++) out[d] = (out[d] & kept) | u32(rounded[d]) << shift;
       } else {
         alignas(64) std::int8_t whole[kMaxHeadDim];
         alignas(64) u8 stored[kMaxHeadDim];
@@ -1199,12 +1225,6 @@ struct Block {
   KvLayout layout;
   i64 dim;
 };
-
-// (Inlined at once, as Ahead's.)
-__attribute__((always_inline)) inline void fetch(const u8* ahead, i64 at, i64 size) {
-  if (ahead)
-    for (i64 i = 0; i < size; i += 64) prefetch(ahead + at + i);
-}
 
 __attribute__((always_inline)) inline void fetch_scales(const u8* ahead) {
   if (ahead) fetch(ahead - kPage * 4, 0, kPage * 4);  // before the keys, and before the values
@@ -1434,7 +1454,7 @@ void attend_block(const Attend& a, Query* queries, const void* q, const Words* q
 }
 
 template <typename T>
-void attend_as(const Attend& a, const Piece& piece, void* scratch) {
+void attend_as(const Attend& a, const Piece& piece, const Piece* next, void* scratch) {
   constexpr i64 kMany = 64;  // queries whose packed form fits into the scratch memory
   constexpr bool integers = kIs<T, KvInt8>;
   const i64 dim = a.kv.head_dim, repeat = a.n_heads / a.kv.n_kv_heads, n = piece.n_rows * repeat;
@@ -1442,9 +1462,18 @@ void attend_as(const Attend& a, const Piece& piece, void* scratch) {
   static_assert(kMany * kMaxHeadDim * 4 <= kScratch);
   Block block;
   block.layout = kv_layout(a.kv.format, dim), block.dim = dim;
-  const i64 distance =
-      block.layout.size < 16384 ? 4 : 2;  // pages of keys (or values) from what is read to what is fetched
-  const i64 last = a.rows.positions[piece.row + piece.n_rows - 1];
+  const i64 distance = block.layout.size < 16384 ? 4 : 2;  // from what is read to what is fetched, in pages of keys
+  // A block's reads in their order, at most so many: the keys of its pages, then the values. -> pages
+  const auto reads_of = [&](const Piece& of, i64 number, const u8** reads, i64 most) {
+    const i64 start = number * kBlock, last = a.rows.positions[of.row + of.n_rows - 1];
+    const i64 n_pages = smaller(kBlock / kPage, last / kPage - start / kPage + 1);
+    for (i64 p = 0; p < n_pages; p++) {
+      const u8* page = head_of(a.kv, block.layout, a.rows, of.row, of.head, start + p * kPage);
+      if (p < most) reads[p] = page + block.layout.keys;
+      if (n_pages + p < most) reads[n_pages + p] = page + block.layout.values;
+    }
+    return n_pages;
+  };
   for (i64 first = 0; first < n; first += kMany) {
     Query queries[kMany];
     Words words[kMany];
@@ -1471,19 +1500,14 @@ void attend_as(const Attend& a, const Piece& piece, void* scratch) {
       }
     }
     for (i64 b = piece.begin; b < piece.end; b++) {
-      const u8* reads[3 * (kBlock / kPage)] = {};  // in their order
-      const i64 start = b * kBlock, n_pages = smaller(kBlock / kPage, last / kPage - start / kPage + 1);
+      const u8* reads[3 * (kBlock / kPage)] = {};
+      const i64 n_pages = reads_of(piece, b, reads, 2 * (kBlock / kPage));
+      if (b + 1 < piece.end) reads_of(piece, b + 1, reads + 2 * n_pages, distance);
+      if (b + 1 == piece.end && next) reads_of(*next, next->begin, reads + 2 * n_pages, distance);
       for (i64 p = 0; p < n_pages; p++) {
-        const u8* page = head_of(a.kv, block.layout, a.rows, piece.row, piece.head, start + p * kPage);
-        block.pages[p] = page;
-        reads[p] = page + block.layout.keys, reads[n_pages + p] = page + block.layout.values;
-      }
-      for (i64 p = 0; p < distance && b + 1 < piece.end && start + kBlock + p * kPage <= last; p++)
-        reads[2 * n_pages + p] =
-            head_of(a.kv, block.layout, a.rows, piece.row, piece.head, start + kBlock + p * kPage) + block.layout.keys;
-      for (i64 p = 0; p < n_pages; p++) {
-        block.ahead[p] = reads[p + distance];
-        block.ahead[kBlock / kPage + p] = reads[n_pages + p + distance];
+        block.pages[p] = reads[p] - block.layout.keys;
+        block.ahead[p] = reads[p + smaller(distance, 2 * n_pages)];
+        block.ahead[kBlock / kPage + p] = reads[n_pages + p + smaller(distance, 2 * n_pages)];
       }
       float* partials = piece.partials ? piece.partials + ((b - piece.begin) * n + first) * partial_size(dim) : nullptr;
       for (i64 t = 0; t < count; t += kTogether<T>)
@@ -1495,14 +1519,14 @@ void attend_as(const Attend& a, const Piece& piece, void* scratch) {
   }
 }
 
-void attend(const Attend& a, const Piece& piece, void* scratch) {
+void attend(const Attend& a, const Piece& piece, const Piece* next, void* scratch) {
   switch (a.kv.format) {
     case KvFormat::f32:
-      return attend_as<KvF32>(a, piece, scratch);
+      return attend_as<KvF32>(a, piece, next, scratch);
     case KvFormat::bf16:
-      return attend_as<KvBf16>(a, piece, scratch);
+      return attend_as<KvBf16>(a, piece, next, scratch);
     case KvFormat::int8:
-      return attend_as<KvInt8>(a, piece, scratch);
+      return attend_as<KvInt8>(a, piece, next, scratch);
   }
 }
 

@@ -193,7 +193,8 @@ struct Kernels {
   // Writes k and v of rows [begin, end) into their pages.
   void (*store_kv)(const KvLayer&, const Rows&, const float* k, i64 k_stride, const float* v, i64 v_stride, i64 begin,
                    i64 end);
-  void (*attend)(const Attend&, const Piece&, void* scratch);
+  // `next`: the piece that this thread attends to afterwards, whose first keys are fetched meanwhile; or null.
+  void (*attend)(const Attend&, const Piece&, const Piece* next, void* scratch);
   // y of rows [begin, end): what attend has left, with what stands in partials, over the sums.
   void (*merge)(const Attend&, const Piece* partials, i64 n_partials, float* y, i64 y_stride, i64 begin, i64 end);
 

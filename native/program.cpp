@@ -609,7 +609,9 @@ void Program::execute(const Instruction& in, const Batch& batch, const KvCache& 
       const Attend a{all,       floats(in.x), stride(in.x), cache.layer(in.layer), in.n_heads,    in.number,
                      in.window, floats(in.y), stride(in.y), floats(in.out),        stride(in.out)};
       const AttendPlan& plan = plans[in.plan];
-      for (const Piece* p = plan.begin(thread); p < plan.end(thread); p++) kernels_.attend(a, *p, scratch);
+      const Piece* end = plan.end(thread);
+      for (const Piece* p = plan.begin(thread); p < end; p++)
+        kernels_.attend(a, *p, p + 1 < end ? p + 1 : nullptr, scratch);
       return;
     }
     case Kind::merge: {

@@ -141,7 +141,8 @@ void attention(const Kernels& kernels, void* scratch) {
       std::vector<float> partials(static_cast<std::size_t>(plan.floats()));
       plan.place(partials.data());
       count("attend " + std::string(kind) + ", " + std::to_string(n_rows) + " rows", [&] {
-        for (const Piece* piece = plan.begin(0); piece < plan.end(0); ++piece) kernels.attend(attend, *piece, scratch);
+        for (const Piece *p = plan.begin(0), *end = plan.end(0); p < end; ++p)
+          kernels.attend(attend, *p, p + 1 < end ? p + 1 : nullptr, scratch);
         kernels.merge(attend, plan.partials().data(), static_cast<i64>(plan.partials().size()), y.data(), kWidth, 0,
                       n_rows);
       });

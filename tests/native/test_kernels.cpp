@@ -1058,7 +1058,8 @@ void attend_all(const Kernels& kernels, Attend attend, int threads) {
   Floats folded(attend.rows.n * y_stride, Role::output);
   attend.y = folded.data();
   for (int thread = threads; thread-- > 0;)
-    for (const Piece* p = plan.begin(thread); p < plan.end(thread); ++p) kernels.attend(attend, *p, scratch());
+    for (const Piece *p = plan.begin(thread), *end = plan.end(thread); p < end; ++p)
+      kernels.attend(attend, *p, p + 1 < end ? p + 1 : nullptr, scratch());
   const i64 half = attend.rows.n / 2, n = static_cast<i64>(plan.partials().size());
   kernels.merge(attend, plan.partials().data(), n, y, y_stride, half, attend.rows.n);
   kernels.merge(attend, plan.partials().data(), n, y, y_stride, 0, half);
