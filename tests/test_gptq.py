@@ -387,7 +387,7 @@ def test_what_is_scaled(name: str, block: dict[str, str], head: dict[str, str], 
     assert all((made.bias is None) == (made.weight[:-6] + "bias" not in work.parameters) for made, _ in folds)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama-gqa"])
 def test_scales_undo_a_disguise(name: str, tmp_path: Path) -> None:
     """A model with large and small channels, which computes the same, is quantized about as well as without them."""
     folder, rng = variants.save(name, tmp_path), np.random.default_rng(1)

@@ -274,7 +274,7 @@ class Work:
     def calibrated(self, tokens: NDArray[np.int64], method: str) -> None:
         """The same, for the inputs that tokens [windows, window] give, by one of METHODS."""
         handles = Module.of({name: name for name in self.parameters})
-        tied = self.model.config.tied and self.model.EMBEDDING in self.packed
+        tied = self.model.config.tied and self.model.EMBEDDING in self.packed and "gptq" in method
         scaling = Scaling(self.model, self.formats, self.load) if "scale" in method else None
         with self.bar(1 + (tied or scaling is not None)) as bar:
             head = None
@@ -323,7 +323,7 @@ class Work:
             if hessian is not None:
                 codes = gptq(w, hessian, target, self.options)
             else:
-                codes = nearest(w, target, self.scaling.squares[name] if self.scaling else None)
+                codes = nearest(w, target, self.scaling.squares.get(name) if self.scaling else None)
         except ValueError as error:
             tensor = self.arranged[name].tensor
             raise CheckpointError(f"tensor {tensor.name} ({tensor.dtype}) {error}") from None
