@@ -7,6 +7,8 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ from pronghorn.models import model_of
 from pronghorn.ops.cpu import CpuRunner
 from pronghorn.ops.reference import ReferenceRunner, to_array
 from pronghorn.quantize import Calibration, Work, choose
+from pronghorn.scaling import Scaling, Tracer
 from pronghorn.weights import gptq, open_checkpoint
 from pronghorn.weights.gptq import Options
 from pronghorn.weights.packing import Codes, limits, pack, unpack
 from pronghorn.weights.quantize import FORMATS, weight
 from pronghorn.weights.types import Module
+from pronghorn.weights.writing import write_safetensors
 from test_quantize import SHAPES, random_matrix
 from tiny import save_tiny
 
@@ -235,7 +239,7 @@ def test_calibration_runs_the_model(name: str, tmp_path: Path) -> None:
     work = work_of(variants.save(name, tmp_path), "int4-g32")
     model, window = work.model, min(40, work.model.config.context)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, window))
-    work.gptq(tokens)
+    work.calibrated(tokens, "gptq")
     exact = {name: houses.dense(work.load(name)) for name in work.parameters}
     rounded = exact | {
         name: weight(work.parameters[name], FORMATS["int4-g32"], work.written[work.parts[name].name])  # type: ignore[attr-defined]
@@ -314,21 +318,130 @@ def test_a_format_that_the_file_has_is_given_back(tmp_path: Path) -> None:
     assert np.abs(a - b).max() < 2e-2 * a.std()
 
 
+def folds_of(folder: Path) -> tuple[Work, Scaling, list[tuple[Any, list[str]]]]:
+    work = work_of(folder, "int4-g32")
+    scaling = Scaling(work.model, work.formats, work.load)
+    return work, scaling, list(Tracer(work.model).folds().items())
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_scales_change_nothing(name: str, tmp_path: Path) -> None:
+    """Each fold by itself, and all: the same logits, bit for bit; and only half of one would be seen."""
+    folder = variants.save(name, tmp_path)
+    work, _, folds = folds_of(folder)
+    batch = houses.batch_of((variants.prompt(name), 0, range(3)))
+    rng = np.random.default_rng(0)
+
+    def logits(scaling: Scaling) -> np.ndarray:
+        weights = {
+            name: houses.dense(scaling.apply(name, work.load(name)), transposed=parameter.transposed)
+            for name, parameter in work.parameters.items()
+        }
+        runner = CpuRunner(work.model, Module.of(weights), n_pages=4, kv_dtype="f32")
+        return np.frombuffer(runner.run(batch), np.float32).copy()
+
+    exact = logits(Scaling(work.model, {}, work.load))
+    together = Scaling(work.model, {}, work.load)
+    for made, names in folds:
+        alone = Scaling(work.model, {}, work.load)
+        scale = np.exp2(rng.integers(-4, 5, made.width)).astype(np.float32)
+        for scaling in (alone, together):
+            scaling.fold(made, names, scale)
+        np.testing.assert_array_equal(logits(alone), exact)
+        alone.columns.clear()
+        assert np.abs(logits(alone) - exact).max() > 1e-3 * exact.std(), made
+    np.testing.assert_array_equal(logits(together), exact)
+
+
+GPT2_FOLDS = {"ln_1": "attn.c_attn", "attn.c_attn": "attn.c_proj", "ln_2": "mlp.c_fc"}
+LLAMA_FOLDS = {
+    "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.v_proj": "self_attn.o_proj",
+    "post_attention_layernorm": "mlp.gate_proj mlp.up_proj", "mlp.up_proj": "mlp.down_proj",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "head"),
+    [
+        ("gpt2", GPT2_FOLDS, {}),
+        ("gpt2-untied-gelu", GPT2_FOLDS, {"ln_f": "lm_head"}),
+        ("gpt2-inner-narrow-relu", GPT2_FOLDS | {"mlp.c_fc": "mlp.c_proj"}, {}),
+        ("llama-gqa", LLAMA_FOLDS, {"norm": "lm_head"}),
+        ("qwen3", LLAMA_FOLDS, {}),
+    ],
+)
+def test_what_is_scaled(name: str, block: dict[str, str], head: dict[str, str], tmp_path: Path) -> None:
+    """All that can be: not what a tied head, or a part that is not linear, reads."""
+    work, _, folds = folds_of(variants.save(name, tmp_path))
+    prefix = next(iter(folds))[0].weight.split(".")[0]
+    expected = {
+        f"{prefix}.{i}.{made}": " ".join(f"{prefix}.{i}.{reader}" for reader in names.split())
+        for i in range(work.model.config.n_layers)
+        for made, names in block.items()
+    }
+    found = {made.weight: " ".join(names) for made, names in folds}
+    assert {made.removesuffix(".weight"): names.replace(".weight", "") for made, names in found.items()} == {
+        **expected,
+        **head,
+    }
+    assert all((made.bias is None) == (made.weight[:-6] + "bias" not in work.parameters) for made, _ in folds)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama-gqa"])
+def test_scales_undo_a_disguise(name: str, tmp_path: Path) -> None:
+    """A model with large and small channels, which computes the same, is quantized about as well as without them."""
+    folder, rng = variants.save(name, tmp_path), np.random.default_rng(1)
+    ids = rng.integers(0, 97, 800).tolist()
+    with LLM(folder, "f32") as llm:
+        exact = llm.logits(ids[:60])
+
+    def error(source: Path, method: str) -> float:
+        quantize.quantize(
+            source, tmp_path / "q", "int8-g32", keep=[("first", "bf16")],
+            calibration=ids, method=method, window=40, force=True,
+        )  # fmt: skip
+        with LLM(tmp_path / "q") as llm:
+            return float(np.abs(llm.logits(ids[:60]) - exact).mean())
+
+    plain = error(folder, "gptq")
+    work, scaling, folds = folds_of(folder)
+    for made, names in folds:
+        scaling.fold(made, names, np.exp2(rng.integers(-5, 6, made.width)).astype(np.float32))
+    work.scaling = scaling
+    write_safetensors(
+        folder / "model.safetensors",
+        [
+            part._replace(dtype="f32", packed=0, make=partial(work.scaled, name, "f32"))
+            for name, part in work.parts.items()
+        ],
+        iter,
+    )
+    assert error(folder, "gptq") > 3 * plain
+    for method in ("scale", "scale+gptq"):
+        assert error(folder, method) < 1.5 * plain
+
+
 def test_gptq_helps_a_trained_model(test_data: Path, tmp_path: Path) -> None:
     source = test_data / "models/stories260K"
     with LLM(source, "f32") as exact:
         params = [SamplingParams(max_tokens=200, temperature=1.0, seed=seed, ignore_eos=True) for seed in range(12)]
         stories = [out.token_ids for out in exact.generate(["Once upon a time"] * len(params), params)]
-        kl = []
-        for name, calibration in (("nearest", None), ("gptq", [index for story in stories[2:] for index in story])):
-            quantize.quantize(source, tmp_path / name, "int4-g32-sym", calibration=calibration, window=100)
+        kl = {}
+        text = [index for story in stories[2:] for index in story]
+        for format, method in product(("int8-g32", "int4-g32-sym"), ("nearest", *quantize.METHODS)):
+            name, calibration = f"{format} {method}", None if method == "nearest" else text
+            how = {} if calibration is None else {"method": method}
+            quantize.quantize(source, tmp_path / name, format, calibration=calibration, window=100, **how)
             with LLM(tmp_path / name) as llm:
                 p, q = (
                     np.concatenate([log_softmax(one.logits(story)) for story in stories[:2]]) for one in (exact, llm)
                 )
-            kl.append(float((np.exp(p) * (p - q)).sum(1).mean()))
-    print(f"KL: nearest {kl[0]:.4f}, GPTQ {kl[1]:.4f}")
-    assert kl[1] < 0.8 * kl[0]
+            kl[name] = float((np.exp(p) * (p - q)).sum(1).mean())
+    print(kl)
+    for format, most in (("int8-g32", 0.95), ("int4-g32-sym", 0.8)):  # it has no large channels: scales gain little
+        of = {method: kl[f"{format} {method}"] / kl[f"{format} nearest"] for method in quantize.METHODS}
+        assert max(of["gptq"], of["scale+gptq"]) < most
+        assert of["scale"] < 1.1
 
 
 # ---- budgets -----------------------------------------------------------------------------------------------------
@@ -397,7 +510,7 @@ def test_budgets(model: Path, ids: list[int], tmp_path: Path) -> None:
         model, tmp_path / "b", target_bpw=9, keep=[("first", "int8")], calibration=ids, window=50
     )
     assert 8.5 < bits("b") <= 9
-    assert said.startswith(f"{bits('b'):.3f} bits a weight, by GPTQ, for 38 windows of 50 tokens")
+    assert said.startswith(f"{bits('b'):.3f} bits a weight, by gptq, for 38 windows of 50 tokens")
     assert re.fullmatch(r"KL \d\.\d{5} from the source, on 2 windows that were not calibrated with", kl)
     loose, tight = (
         (quantize.quantize(model, tmp_path / f"{most}", max_kl=most, calibration=ids, window=50)) for most in (3.0, 0.3)
@@ -421,6 +534,8 @@ MISTAKES: list[tuple[str, type[PronghornError], str]] = [
     ("--format int5", ParameterError, "the format is int5: expected one of int8, int8-g32, "),
     ("--sweeps 0", ParameterError, "--sweeps is for --calibrate"),
     ("--act-order", ParameterError, "--act-order is for --calibrate"),
+    ("--method scale", ParameterError, "--method is for --calibrate"),
+    ("--method awq --calibrate {short}", ParameterError, "the method is awq: expected one of gptq"),
     ("--calibrate {empty}", PromptError, "empty.npy: "),
     ("--calibrate {huge} --window 50", PromptError, f"token id {2**64 - 1} is outside of the vocabulary"),
     ("--keep head", ParameterError, "--keep head: expected WHICH=FORMAT"),
@@ -501,10 +616,11 @@ def test_the_command_says_what_it_did(model: Path, tmp_path: Path, capsys: Any) 
     assert main([*words, "--calibrate", str(tmp_path / "text"), "--window", "50", "--act-order"]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'q'}\n"
-    assert "bits a weight, by GPTQ, for 14 windows of 50 tokens" in err
+    assert "bits a weight, by gptq, for 14 windows of 50 tokens" in err
     assert main(["info", "-m", str(tmp_path / "q")]) == 0
     assert "int4-g64, mapped" in (shown := capsys.readouterr().out)
     assert "bits a weight in matrices" in shown
+    assert "_quantized = by gptq, for 14 windows of 50 tokens" in shown
     assert main(["generate", "Once", "-m", str(tmp_path / "q"), "-n", "5", "-q"]) == 0
     assert main(["quantize", str(model), str(tmp_path / "r")]) == 0
     assert "rounded to the nearest (no text to calibrate with)" in capsys.readouterr().err

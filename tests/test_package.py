@@ -28,7 +28,7 @@ FLOORS = [
     ("llm",),
     ("async_llm", "batch", "bench", "convert", "harness"),
     ("evaluate", "serve"),
-    ("mixing",),
+    ("mixing", "scaling"),
     ("quantize",),
     ("cli",),
 ]

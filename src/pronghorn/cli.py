@@ -283,8 +283,10 @@ def parser() -> argparse.ArgumentParser:
     )
     text = "another format for head, embeddings, first or last (block), or a pattern such as '*.v_proj.weight'"
     add.add_argument("--keep", type=utf8, action="append", default=[], metavar="WHICH=FORMAT", help=text)
-    text = "a text, or token ids in a .npy file, for GPTQ (default: none, and rounding to the nearest)"
+    text = "a text, or token ids in a .npy file, to quantize for (default: none, and rounding to the nearest)"
     add.add_argument("--calibrate", metavar="FILE", help=text)
+    text = "for it: gptq (the default for int4), scale (channels; the fastest), scale+gptq (the default for int8)"
+    add.add_argument("--method", metavar="HOW", help=text)
     add.add_argument("--windows", type=int, metavar="N", help="of it, from the beginning (default: 64)")
     add.add_argument("--window", type=int, metavar="N", help="tokens in each (default: 512)")
     add.add_argument("--damp", type=float, help="added to the Hessian's diagonal (default: 0.01 of its mean)")

@@ -1,9 +1,10 @@
 """`pronghorn quantize`: a model's matrices in 8 or 4 bits, in one safetensors file that is mapped and run as it is.
 
 Without a text, each weight is rounded to the nearest (weights.gptq.nearest). With one, the model runs over windows of
-it, all at once: when a linear layer's turn comes, its inputs have passed the quantized layers before it, rounded to 8
-bits as the kernels will, and GPTQ rounds its weights for these inputs. A head that is the embedding is quantized first,
-for the inputs that it has without quantization.
+it, all at once. First as it is, if channels are to be scaled by what is seen of them (pronghorn.scaling). Then, when a
+linear layer's turn comes, its inputs have passed the quantized layers before it, rounded to 8 bits as the kernels
+will, and GPTQ rounds its weights for these inputs. A head that is the embedding is quantized for the inputs that it has
+without quantization.
 
 Memory is bounded by one layer, and by the activations: some 16 bytes for each token and each value of the widest.
 """
@@ -22,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pronghorn.convert import FOLDER, Arranged, arrange, full_name, open_for, save_folder
+from pronghorn.convert import FOLDER, Arranged, arrange, flat, full_name, open_for, save_folder
 from pronghorn.errors import CheckpointError, ParameterError, PromptError
 from pronghorn.mixing import LADDER, Meter, costs_of, mix, units_of
 from pronghorn.models import Model, model_of
 from pronghorn.ops import Attention
 from pronghorn.ops.reference import ReferenceOps, activate, rotate, to_int8
+from pronghorn.scaling import Scaling
 from pronghorn.text import open_tokenizer
 from pronghorn.weights import open_checkpoint, open_source
 from pronghorn.weights.files import fail, shown
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     import argparse
 
 DENSE = ("f32", "f16", "bf16")
+METHODS = ("gptq", "scale", "scale+gptq")
+"""What is done with a text: scales of channels (pronghorn.scaling), GPTQ (weights.gptq), or one after the other."""
 MEASURED = 2  # windows that a budget is measured on
 TRIES = 3  # at a budget of KL
 ROWS = 4096  # of activations that are taken at a time
@@ -55,6 +59,7 @@ def quantize(
     max_kl: float | None = None,
     keep: Sequence[tuple[str, str]] = (),
     calibration: Sequence[int] | None = None,
+    method: str | None = None,
     windows: int = 64,
     window: int = 512,
     options: Options | None = None,
@@ -63,10 +68,11 @@ def quantize(
     """Writes the model, its matrices in `format`, into a folder in Hugging Face's layout -> remarks, a line each.
 
     `format` is one of weights.quantize.FORMATS (default: int4-g64); `keep` names what has another, (which, format), the
-    later the stronger (see `choose`). `calibration`: token ids, of which `windows` windows are used, for GPTQ; None
-    rounds to the nearest. Instead of a format, `target_bpw` (bits a weight at most, of all matrices) or `max_kl` (KL
-    divergence from the source at most, in nats) has it chosen for each part of a block, as pronghorn.mixing says; the
-    first MEASURED windows are for that, and not for GPTQ.
+    later the stronger (see `choose`). `calibration`: token ids, of which `windows` windows are used, by one of METHODS
+    (default: scale+gptq for int8, gptq for int4, which scales make worse); None rounds to the nearest. What was done
+    stands in config.json, as "_quantized". Instead of a format, `target_bpw` (bits a weight at most, of all matrices)
+    or `max_kl` (KL divergence from the source at most, in nats) has it chosen for each part of a block, as
+    pronghorn.mixing says; the first MEASURED windows are for that alone.
     Raises ParameterError for options that do not fit, CheckpointError for what is wrong in the source.
     """
     path, options = Path(destination), options or Options()
@@ -78,7 +84,8 @@ def quantize(
     if budget is not None and calibration is None:
         raise ParameterError("target_bpw and max_kl are reached by measuring on a text: give one to calibrate with")
     format = format or "int4-g64"
-    check(options, format, keep, windows, window)
+    method = method or ("scale+gptq" if format.startswith("int8") else "gptq")
+    check(options, format, keep, windows, window, method)
     checkpoint = open_for(source, path, folder=True, force=force)
     old, tensors = model_of(checkpoint)
     formats = choose(old, format, keep)
@@ -90,19 +97,19 @@ def quantize(
         budgeted = Budget(Meter(checkpoint, old, tensors, tokens[:MEASURED]), keep, target_bpw, max_kl)
         tokens = tokens[MEASURED:]
     arranged = arrange(old, tensors, FOLDER, "f32", "auto")
+    how = "rounded to the nearest (no text to calibrate with)"
+    if tokens is not None:
+        how = f"by {method}, for {len(tokens)} windows of {tokens.shape[1]} tokens"
+    checkpoint = checkpoint._replace(config=checkpoint.config | {"_quantized": how})
     remarks: list[str] = []
 
     def write_once(file: Path, model: Model, formats: Mapping[str, str]) -> None:
         work = Work(model, arranged, formats, options)
         with safetensors_file(file, list(work.parts.values())) as work.put:
-            work.dense()
             if tokens is None:
                 work.nearest()
             else:
-                work.gptq(tokens)
-        how = "rounded to the nearest (no text to calibrate with)"
-        if tokens is not None:
-            how = f"by GPTQ, for {len(tokens)} windows of {tokens.shape[1]} tokens"
+                work.calibrated(tokens, method)
         remarks[:] = [f"{work.bits():.3f} bits a weight, {how}"]
 
     def write(file: Path, model: Model) -> None:
@@ -174,8 +181,12 @@ class Budget:
         return False
 
 
-def check(options: Options, format: str, keep: Sequence[tuple[str, str]], windows: int, window: int) -> None:
+def check(
+    options: Options, format: str, keep: Sequence[tuple[str, str]], windows: int, window: int, method: str
+) -> None:
     """Raises ParameterError for what is wrong in itself."""
+    if method not in METHODS:
+        raise ParameterError(f"the method is {shown(method)}: expected one of {', '.join(METHODS)}")
     for name in (format, *(kept for _, kept in keep)):
         if name not in FORMATS and name not in DENSE:
             raise ParameterError(f"the format is {shown(name)}: expected one of {', '.join((*FORMATS, *DENSE))}")
@@ -239,6 +250,7 @@ class Work:
         self, model: Model, arranged: Mapping[str, Arranged], formats: Mapping[str, str], options: Options
     ) -> None:
         self.model, self.arranged, self.formats, self.options = model, arranged, formats, options
+        self.scaling: Scaling | None = None
         self.parameters = model.parameters()
         self.parts: dict[str, Part] = {}
         for name, item in arranged.items():
@@ -254,34 +266,52 @@ class Work:
         sizes = [(self.parts[name].nbytes, math.prod(self.parts[name].shape)) for name in self.formats]
         return 8 * sum(size for size, _ in sizes) / sum(n for _, n in sizes)
 
+    def nearest(self) -> None:
+        """Writes all, rounded to the nearest where it is quantized."""
+        with self.bar(1) as bar:
+            self.plainly(bar)
+
+    def calibrated(self, tokens: NDArray[np.int64], method: str) -> None:
+        """The same, for the inputs that tokens [windows, window] give, by one of METHODS."""
+        handles = Module.of({name: name for name in self.parameters})
+        tied = self.model.config.tied and self.model.EMBEDDING in self.packed and "gptq" in method
+        scaling = Scaling(self.model, self.formats, self.load) if "scale" in method else None
+        with self.bar(1 + (tied or scaling is not None)) as bar:
+            head = None
+            if tied or scaling:
+                exact = Calibration(self, tokens, bar, quantizes=False, scaling=scaling)
+                x = self.model.forward(exact, handles)
+                head = exact.inputs(x, self.formats[self.model.EMBEDDING])[1] if tied else None
+                self.scaling = scaling
+            if "gptq" in method:
+                self.dense()
+                self.model.forward(Calibration(self, tokens, bar, quantizes=True, head=head), handles)
+            else:
+                self.plainly(bar)
+
     def dense(self) -> None:
         """Writes what is not quantized."""
         for name, part in self.parts.items():
             if name not in self.packed:
-                self.put(part, part.make())
+                self.put(part, part.make() if self.scaling is None else self.scaled(name, part.dtype))
 
-    def nearest(self) -> None:
-        """Rounds and writes all that is quantized."""
-        with self.bar(1) as bar:
-            for name in self.packed:
-                self.settle(name, self.load(name), bar)
+    def scaled(self, name: str, dtype: str) -> memoryview:
+        """The bytes of a weight that is not quantized, with its scales."""
+        w = flat(self.load(name).T if self.parameters[name].transposed else self.load(name))
+        return w if dtype == "f32" else self.arranged[name].cast(w, "f32", dtype)
 
-    def gptq(self, tokens: NDArray[np.int64]) -> None:
-        """The same for the inputs that tokens [windows, window] give."""
-        handles = Module.of({name: name for name in self.parameters})
-        tied = self.model.config.tied and self.model.EMBEDDING in self.packed
-        with self.bar(1 + tied) as bar:
-            head = None
-            if tied:
-                exact = Calibration(self, tokens, bar, quantizes=False)
-                _, head = exact.inputs(self.model.forward(exact, handles), self.formats[self.model.EMBEDDING])
-            self.model.forward(Calibration(self, tokens, bar, quantizes=True, head=head), handles)
+    def plainly(self, bar: Any) -> None:
+        """Writes all, each weight rounded by itself."""
+        self.dense()
+        for name in self.packed:
+            self.settle(name, self.load(name), bar)
 
     def load(self, name: str) -> Floats:
-        """A weight as it was: a matrix [n_out, n_in]."""
+        """A weight as it was, but for its scales: a matrix [n_out, n_in]."""
         item, parameter = self.arranged[name], self.parameters[name]
         values = np.frombuffer(item._replace(dtype="f32").make(), np.float32).reshape(item.shape)
-        return np.ascontiguousarray(values.T if parameter.transposed else values)
+        w = np.ascontiguousarray(values.T if parameter.transposed else values)
+        return w if self.scaling is None else self.scaling.apply(name, w)
 
     def settle(self, name: str, w: Floats, bar: Any, hessian: Array | None = None) -> Floats:
         """Rounds a weight, with its inputs' Hessian if there is one, and writes it -> its numbers from now on."""
@@ -290,7 +320,10 @@ class Work:
             return w
         target = FORMATS[self.formats[name]]
         try:
-            codes = nearest(w, target) if hessian is None else gptq(w, hessian, target, self.options)
+            if hessian is not None:
+                codes = gptq(w, hessian, target, self.options)
+            else:
+                codes = nearest(w, target, self.scaling.squares.get(name) if self.scaling else None)
         except ValueError as error:
             tensor = self.arranged[name].tensor
             raise CheckpointError(f"tensor {tensor.name} ({tensor.dtype}) {error}") from None
@@ -314,9 +347,17 @@ class Calibration(ReferenceOps):
     """
 
     def __init__(
-        self, work: Work, tokens: NDArray[np.int64], bar: Any, *, quantizes: bool, head: Array | None = None
+        self,
+        work: Work,
+        tokens: NDArray[np.int64],
+        bar: Any,
+        *,
+        quantizes: bool,
+        head: Array | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
         self.work, self.tokens, self.bar, self.quantizes, self.head = work, tokens, bar, quantizes, head
+        self.scaling = scaling
         self.at = np.tile(np.arange(tokens.shape[1]), len(tokens))
         self.runner: Any = self
         self.last: tuple[Any, dict[int | None, tuple[Floats, Array]]] = (None, {})
@@ -342,6 +383,8 @@ class Calibration(ReferenceOps):
                 x, hessian = self.inputs(x, self.work.formats[name])
             w = self.work.settle(name, w, self.bar, hessian)
         else:
+            if self.scaling:
+                self.scaling.see(name, x)
             self.bar.update(w.size)
         y: Any = x @ w.T
         if module.get("bias") is not None:
@@ -387,6 +430,8 @@ class Calibration(ReferenceOps):
 
     def logits(self, x: Any, module: Module) -> Any:
         """The head's inputs: its outputs are of no use here. One that is the embedding has been settled before."""
+        if self.scaling:
+            self.scaling.see(module.weight, x)
         if self.quantizes and not self.work.model.config.tied:
             name = module.weight
             hessian = self.inputs(x, self.work.formats[name])[1] if name in self.work.packed else None
@@ -403,14 +448,14 @@ def run(args: argparse.Namespace) -> list[str]:
             raise ParameterError(f"--keep {shown(entry)}: expected WHICH=FORMAT, such as head=int8-g64")
         keep.append((which, format))
     token_ids = None if args.calibrate is None else tokens_of(args.source, args.calibrate)
-    given = {name: getattr(args, name) for name in ("windows", "window", *Options._fields)}
+    given = {name: getattr(args, name) for name in ("method", "windows", "window", *Options._fields)}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     if given and token_ids is None:
         raise ParameterError(f"--{next(iter(given)).replace('_', '-')} is for --calibrate")
-    sizes = {name: given.pop(name) for name in ("windows", "window") if name in given}
+    how = {name: given.pop(name) for name in ("method", "windows", "window") if name in given}
     return quantize(
         args.source, args.destination, args.format, target_bpw=args.target_bpw, max_kl=args.max_kl, keep=keep,
-        calibration=token_ids, options=Options(**given), force=args.force, **sizes,
+        calibration=token_ids, options=Options(**given), force=args.force, **how,
     )  # fmt: skip
 
 

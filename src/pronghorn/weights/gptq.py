@@ -128,16 +128,11 @@ def fit(w: Floats, target: Target, importance: Floats) -> tuple[Floats, Floats]:
     They minimise the sum of importance [groups, inputs] * (w - rounded w)^2, as far as a search finds: parts of the
     range, each followed by least squares for the codes that it gives.
     """
-    low, high = np.minimum(w.min(2), 0), np.maximum(w.max(2), 0)
-    base = low if has_minimum(target) else np.zeros_like(low)
-    if has_minimum(target):
-        whole = (high - low) / 15
-    else:
-        whole = np.maximum(-low, high) / 127 if target.format == "int8" else np.where(-low > high, low, high) / -8
+    whole, base = span(w, target)
     total = importance.sum(1) + np.float32(1e-30)
     mean = np.einsum("gi,rgi->rg", importance, w) / total
-    least = np.full(low.shape, np.inf, np.float32)
-    best = np.zeros((2, *low.shape), np.float32)
+    least = np.full(base.shape, np.inf, np.float32)
+    best = np.zeros((2, *base.shape), np.float32)
 
     def consider(scale: Floats, base: Floats) -> Floats:
         pair = [part.astype(np.float16).astype(np.float32) if target.group else part for part in (scale, base)]
@@ -154,13 +149,22 @@ def fit(w: Floats, target: Target, importance: Floats) -> tuple[Floats, Floats]:
         q = consider(whole * np.float32(shrink), base * np.float32(shrink))
         weighed = importance * q
         squares, product = np.einsum("rgi,rgi->rg", weighed, q) / total, np.einsum("rgi,rgi->rg", weighed, w) / total
-        centre = weighed.sum(2) / total if has_minimum(target) else np.zeros_like(low)
+        centre = weighed.sum(2) / total if has_minimum(target) else np.zeros_like(base)
         spread = squares - centre * centre
         scale = np.divide(product - centre * mean, spread, out=whole.copy(), where=spread > 1e-6)
         consider(scale, mean - scale * centre if has_minimum(target) else base)
     if not np.isfinite(least).all():
         raise ValueError("holds values that are not finite, or too large for f16 scales: it cannot be quantized")
     return best[0], best[1]
+
+
+def span(w: Floats, target: Target) -> tuple[Floats, Floats]:
+    """Scales and minima by which the codes cover the range of `w [rows, groups, inputs]`, each [rows, groups]."""
+    low, high = np.minimum(w.min(2), 0), np.maximum(w.max(2), 0)
+    if has_minimum(target):
+        return (high - low) / 15, low
+    scale = np.maximum(-low, high) / 127 if target.format == "int8" else np.where(-low > high, low, high) / -8
+    return scale, np.zeros_like(low)
 
 
 def codes_of(w: Floats, scale: Floats, minimum: Floats, target: Target) -> Floats:
