@@ -55,7 +55,7 @@ sanitize: .venv/base  ## the native tests under the address, undefined-behaviour
 	@$(CMAKE) --build build/tsan
 	build/asan/native_tests --processes $(PROCESSORS)
 	@# The thread sanitizer's map of memory does not suit every kernel's randomization of addresses.
-	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/tsan/native_tests --processes $(PROCESSORS) pool program pack
+	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/tsan/native_tests --processes $(PROCESSORS) pool program pack store_kv
 
 bench-guard: .venv/package native  ## instructions of the kernels against bench/instructions.json
 	$(BIN)/python bench/guard.py --program build/native/guard --objects "$$(ls -td build/cp*/ | head -1)" $(ARGS)

@@ -1084,9 +1084,9 @@ void store_kv(const KvLayer& kv, const Rows& rows, const float* k, i64 k_stride,
         if (dim % 2) rounded[dim] = 0;
         scatter<2>(rounded, dim, reinterpret_cast<u16*>(keys) + slot * 2, kPage * 2);
         round(vh);
-        auto* out = reinterpret_cast<u32*>(values) + slot / 2 * dim;
-        const u32 kept = slot % 2 ? 0xffff : 0xffff0000, shift = slot % 2 * 16;
-        for (i64 d = 0; d < dim; d++) out[d] = (out[d] & kept) | u32(rounded[d]) << shift;
+        // (Half by half: the other halves of these words may be another thread's.)
+        auto* out = reinterpret_cast<u16*>(values) + slot / 2 * dim * 2 + slot % 2;
+        for (i64 d = 0; d < dim; d++) out[2 * d] = rounded[d];
       } else {
         alignas(64) std::int8_t whole[kMaxHeadDim];
         alignas(64) u8 stored[kMaxHeadDim];
