@@ -417,7 +417,7 @@ def test_key(pages: Pages, models: dict[str, Path]) -> None:
         page.fill("[name=key]", "sesame")
         page.keyboard.press("Tab")
         page.wait_for_selector("[name=model] option", state="attached")
-        assert page.locator("#notice").is_hidden()
+        page.wait_for_selector("#notice", state="hidden")
         fill(page, "x", max_tokens=5)
         assert run(page)
         page.reload()
