@@ -601,7 +601,7 @@ def test_prompts_leave_others_their_pace(base: float, token: float) -> None:
     engine = Engine(
         runner, n_pages=200, context=4000, vocabulary=VOCABULARY, prefix_cache=False, clock=lambda: runner.now
     )
-    readers = [Request(prompt(10, i), SamplingParams(max_tokens=None)) for i in range(3)]
+    readers = [Request(prompt(10, i), SamplingParams(max_tokens=None), streamed=True) for i in range(3)]
     for reader in readers:
         engine.add(reader)
     alone = []
@@ -630,6 +630,28 @@ def test_a_prompt_alone_takes_all() -> None:
     engine = Engine(runner, n_pages=200, context=4000, vocabulary=VOCABULARY, clock=lambda: runner.now)
     run(engine, [Request(prompt(1300), SamplingParams(max_tokens=1))])
     assert [len(batch.token_ids) for batch in runner.batches] == [512, 512, 276]
+
+
+def test_only_who_is_read_along_holds_prompts_back() -> None:
+    """A batch whose answers are waited for as a whole takes all prompts at once, however dear they are."""
+
+    def rows(streamed: bool) -> int:
+        """Of the step in which eight prompts come beside a reader."""
+        runner = CostlyRunner(200, 0.02, 0.01)
+        engine = Engine(runner, n_pages=200, context=4000, vocabulary=VOCABULARY, clock=lambda: runner.now)
+        engine.add(Request(prompt(10), SamplingParams(max_tokens=30), streamed=streamed))
+        for _ in range(5):
+            engine.step()
+        others = [Request(prompt(20, i), SamplingParams(max_tokens=5)) for i in range(1, 9)]
+        for other in others:
+            engine.add(other)
+        engine.step()
+        found = len(runner.batches[-1].token_ids)
+        run(engine, [])
+        return found
+
+    assert rows(streamed=False) == 1 + 8 * 20
+    assert rows(streamed=True) < 40
 
 
 # ---- any schedule ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pronghorn.engine.engine import Stats
 from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.errors import ParameterError, PronghornError, QueueFull, ShuttingDown
 from pronghorn.generation import Chunk, Job, Output, Timings
-from pronghorn.llm import LLM, Prompt, check_stream
+from pronghorn.llm import LLM, Prompt, as_stream
 
 if TYPE_CHECKING:
     from pronghorn.engine.scheduler import Logprob, Request
@@ -88,8 +88,7 @@ class AsyncLLM:
         `priority` and `timeout` are those of `LLM.generate`; `request_id` is for `cancel`, and made up if None.
         Raises what `LLM.generate` raises for a bad prompt or parameter, QueueFull, and ShuttingDown.
         """
-        job = await self._job(prompt, params, priority, timeout)
-        check_stream(job)
+        job = as_stream(await self._job(prompt, params, priority, timeout))
         return self._submit(job, request_id)
 
     async def generate(

@@ -242,8 +242,7 @@ class LLM:
         >>> "".join(chunk.text for chunk in llm.stream("Once upon a time", SamplingParams(max_tokens=8)))
         ', there was a little girl'
         """
-        job = self.job(prompt, params, priority, timeout)
-        check_stream(job)
+        job = as_stream(self.job(prompt, params, priority, timeout))
         return Stream(job, self._chunks(job))
 
     def _chunks(self, job: Job) -> Generator[Chunk, None, None]:
@@ -673,11 +672,14 @@ class Tried(Generic[T]):
         return self._value
 
 
-def check_stream(job: Job) -> None:
-    """Raises ParameterError for what cannot be streamed."""
+def as_stream(job: Job) -> Job:
+    """A job whose tokens are read as they come. Raises ParameterError for what cannot be streamed."""
     params = job.generations[0].request.params
     if params.best_of is not None and params.best_of > params.n:
         raise ParameterError(f"best_of is {params.best_of}: which {params.n} are best is known at the end of a stream")
+    for request in job.requests:
+        request.streamed = True
+    return job
 
 
 def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:

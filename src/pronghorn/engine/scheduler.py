@@ -46,7 +46,8 @@ class Request:
     `eos_ids` are the tokens that end a sequence, unless `params.ignore_eos`. Of those that wait, the lowest `priority`
     runs first, and of equals the first that came. `deadline`: seconds on the engine's clock, at which it ends.
     `grammar`: what allows the tokens; the request's own. `first`: the first of parallel samples of one prompt, whose
-    pages this one, the `index`-th, shares.
+    pages this one, the `index`-th, shares. `streamed`: its tokens are read as they come, so prompts of others leave it
+    its pace; who waits for the whole is better off when these are done soon.
 
     `token_ids` begins with the prompt and grows; `finish_reason` is None while it runs, then "stop" (an
     end-of-sequence or stop token, a grammar that is complete, or whoever reads the text found a stop string),
@@ -56,7 +57,7 @@ class Request:
     __slots__ = (
         "chain", "deadline", "error", "finish_reason", "first", "grammar", "index", "limit", "logprobs", "n_accepted",
         "n_cached", "n_chained", "n_computed", "n_drafted", "n_in_draft", "n_prompt", "number", "odds", "pages",
-        "params", "priority", "prompt_logprobs", "sampler", "seed", "stop_ids", "token_ids",
+        "params", "priority", "prompt_logprobs", "sampler", "seed", "stop_ids", "streamed", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +71,7 @@ class Request:
         grammar: Grammar | None = None,
         first: Request | None = None,
         index: int = 0,
+        streamed: bool = False,
     ) -> None:
         self.token_ids = token_array(token_ids)  # prompt, then output
         self.n_prompt = len(self.token_ids)
@@ -80,6 +82,7 @@ class Request:
         self.grammar = grammar
         self.first = first
         self.index = index
+        self.streamed = streamed
         seed = fresh_seed() if params.seed is None else params.seed
         self.seed: int = (first.seed + index) % 2**64 if first else seed
         self.n_drafted = self.n_accepted = 0  # tokens that a draft proposed, and of these the right ones
@@ -120,9 +123,9 @@ def turn(request: Request) -> tuple[int, int]:
 class Scheduler:
     """By priority, then first come, first served, under a budget of tokens for each step.
 
-    Tokens to decode go first, then prompts, in chunks that leave the others their pace. A request is let in once
-    there are pages for all of its tokens; if decoding runs out of pages, the last in order gives up its own, and is
-    computed again later; so does one that runs while another of a better priority waits.
+    Tokens to decode go first, then prompts, in chunks that leave those who are read along their pace. A request is let
+    in once there are pages for all of its tokens; if decoding runs out of pages, the last in order gives up its own,
+    and is computed again later; so does one that runs while another of a better priority waits.
 
     `copy_page(source, target)`: how a page is copied before it is written, if others hold it too; None: no page is
     ever shared but through the prefix cache.
@@ -165,7 +168,8 @@ class Scheduler:
         work: list[tuple[Request, int]] = []
         # Tokens to decode first; the sort is stable.
         n_decoding = sum(request.n_left == 1 for request in self.running)
-        budget = min(self.max_tokens, n_decoding + self.pace.budget(n_decoding))
+        read_along = any(request.streamed and request.n_left == 1 for request in self.running)
+        budget = min(self.max_tokens, n_decoding + self.pace.budget(n_decoding if read_along else 0))
         for request in sorted(self.running, key=lambda request: request.n_left > 1):
             if budget:
                 work.append((request, self._chunk(request, budget)))
