@@ -86,6 +86,25 @@ def test_streams_are_what_generate_gives(llm: LLM) -> None:
     assert llm.generate("hello", every[0]).token_ids == alone[0][0]  # the LLM takes its own steps again
 
 
+def test_streams_are_read_along_and_wholes_are_not(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is how prompts of others are held back (see the scheduler), so each way to ask has to say it."""
+    assert llm._engine
+    seen: list[bool] = []
+    add = llm._engine.add
+    monkeypatch.setattr(llm._engine, "add", lambda request: (seen.append(request.streamed), add(request)))
+    params = SamplingParams(max_tokens=2, n=2)
+
+    async def ask() -> None:
+        async with AsyncLLM(llm) as engine:
+            await read(engine, params)
+            await engine.generate("hello", params)
+
+    llm.generate(["hello", "you"], params)
+    list(llm.stream("hello", params))
+    asyncio.run(ask())
+    assert seen == [False] * 4 + [True] * 2 + [True] * 2 + [False] * 2
+
+
 def test_closing_and_letting_go_end_a_request(llm: LLM) -> None:
     async def main() -> None:
         async with AsyncLLM(llm) as engine:
