@@ -91,7 +91,8 @@ clean:  ## remove all that was made
 	@$(PYTHON) -c "import ensurepip, sys; sys.exit(sys.version_info < (3, 10))" \
 	    || { echo "make: Python 3.10 or newer with venv is needed (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PIP) install "scikit-build-core>=0.11" "nanobind>=2.9" cmake ninja
+	@# setuptools and wheel are for what the tests need and comes as source alone (rouge-score), built without isolation.
+	$(PIP) install "scikit-build-core>=0.11" "nanobind>=2.9" cmake ninja setuptools wheel
 	@mkdir -p build && touch $@
 
 INSTALL = $(PIP) install --no-build-isolation --config-settings=cmake.define.PRONGHORN_WERROR=$(WERROR)
