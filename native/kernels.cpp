@@ -1,10 +1,10 @@
 // The kernels, compiled once per instruction set (see CMakeLists.txt). The contract is in kernels.h.
 //
 // How one answer is kept: an output's terms are added in an order that its weights' shape alone fixes.
-//   f32, f16 [out, in]:  16 partial sums, one a lane, input i in lane i % 16; then the tree of lanes_sum.
-//   f32, f16 [in, out]:  one chain an output, inputs ascending.
-//   bf16:                TDPBF16PS's: for 32 inputs an even and an odd chain from zero, added, then added to the sum.
-//                        With VDPBF16PS and without tiles as f32, by pairs: the odd product, then the even one.
+//   dense, [out, in]:    16 partial sums, one a lane, input i in lane i % 16; then the tree of lanes_sum.
+//   dense, [in, out]:    two chains an output, one a half of the inputs (cut_of), ascending; then their sum.
+//   bf16 and VDPBF16PS:  the same by pairs of inputs: the odd product, then the even one.
+//   bf16 and tiles:      TDPBF16PS's: for 32 inputs an even and an odd chain from zero, added, then added to the sum.
 //   int8, int4:          exact integer sums of a group, then one float chain over the groups, ascending.
 #include "kernels.h"
 
@@ -30,6 +30,9 @@
 #if PRONGHORN_ISA_amx
 #include "tiles.h"
 #endif
+
+// Whether bf16 weights are multiplied by bf16 inputs, or both in f32.
+#define PRONGHORN_HALF_INPUTS (PRONGHORN_ISA_avx512bf16 || PRONGHORN_ISA_amx)
 
 namespace pronghorn {
 namespace PRONGHORN_NAMESPACE {
@@ -108,10 +111,21 @@ inline void finish(const Linear& l, i64 row, i64 o, i64 n, F sum) {
 //
 // In the [in, out] order inputs come in units of kUnit, whose weights for 16 P outputs are P registers (`unit`, in an
 // order of outputs that `in_order` undoes), and whose inputs are the 4 bytes that `broadcast` takes.
+struct Half {
+  u16 bits;
+};
+struct Brain {
+  u16 bits;
+};
 inline F widen(const float* p) { return load(p); }
-inline F widen(const u16* p) { return load_f16(p); }
+inline F widen(const Half* p) { return load_f16(p); }
+inline F widen(const Brain* p) { return load_bf16(p); }
 inline F widen_first(const float* p, i64 n) { return load_first(p, n); }
-inline F widen_first(const u16* p, i64 n) { return load_f16_first(p, n); }
+inline F widen_first(const Half* p, i64 n) { return load_f16_first(p, n); }
+inline F widen_first(const Brain* p, i64 n) { return load_bf16_first(p, n); }
+
+// Inputs that few rows take at a time, in the [in, out] order.
+constexpr i64 kFewInputs = 8;
 
 template <typename E>
 struct Floats {
@@ -131,7 +145,7 @@ struct Floats {
   static void keep(u8* p, V v) { store(reinterpret_cast<float*>(p), v); }
   template <int P>
   static void unit(const Element* p, i64 n_out, V out[P]) {
-    for (int v = 0; v < P; v++) out[v] = widen(p + v * kLanes), prefetch(p + v * kLanes + 16 * n_out);
+    for (int v = 0; v < P; v++) out[v] = widen(p + v * kLanes), prefetch(p + v * kLanes + kFewInputs * n_out);
   }
   template <int P>
   static void unit_first(const Element* p, i64, i64, i64 n, V out[P]) {
@@ -144,9 +158,16 @@ struct Floats {
   }
 };
 using F32 = Floats<float>;
-using F16 = Floats<u16>;
+using F16 = Floats<Half>;
 
-#if PRONGHORN_ISA_avx512bf16
+#if !PRONGHORN_HALF_INPUTS
+
+struct Bf16 : Floats<Brain> {
+  static const X* input(const Linear& l) { return static_cast<const X*>(l.in.values); }
+  static i64 stride(const Linear& l) { return l.in.stride; }
+};
+
+#elif PRONGHORN_ISA_avx512bf16
 
 struct Bf16 {
   using Element = u16;
@@ -297,46 +318,87 @@ inline void add_units(const typename T::X* x, i64 x_stride, i64 n_units, float* 
     for (int v = 0; v < P; v++) store(sums + r * width + v * kLanes, sum[r][v]);
 }
 
+// Where the inputs' second half begins (for 8 and fewer: past them all). Each half has a chain of its own, so that
+// threads can share out the inputs, too.
+inline i64 cut_of(const Matrix& w) { return round_up(div_up(w.n_in, 2), kFewInputs); }
+
+// The halves' sums, [2][n_rows][width], of outputs [o, o + n) of some rows.
 template <typename T, int P>
 inline void finish_sums(const Linear& l, i64 row, i64 n_rows, i64 o, i64 n, const float* sums, i64 width) {
   for (i64 r = 0; r < n_rows; r++)
     for (i64 v = 0; v < n; v += P * kLanes) {
       F sum[P];
-      for (int k = 0; k < P; k++) sum[k] = load(sums + r * width + v + k * kLanes);
+      for (int k = 0; k < P; k++) {
+        const float* first = sums + r * width + v + k * kLanes;
+        sum[k] = load(first) + load(first + n_rows * width);
+      }
       T::template in_order<P>(sum);
       for (i64 k = 0; k < P && v + k * kLanes < n; k++)
         finish(l, row + r, o + v + k * kLanes, smaller(kLanes, n - v - k * kLanes), sum[k]);
     }
 }
 
-// Few rows: straight from the weights as they stand, a strip of outputs for some inputs at a time.
+template <int R>
+constexpr int kFewPanels = kRegisters > 8 || R == 1 ? 4
+                           : R == 2                 ? 2
+                                                    : 1;
+
+// Few rows: straight from the weights as they stand. Inputs [first, last) of outputs [o, o + n) -> sums [R][width].
 template <typename T, int R>
-void in_out_few(const Linear& l, i64 begin, i64 end, float* sums) {
-  constexpr int P = kRegisters > 8 ? 4 : R == 1 ? 4 : R == 2 ? 2 : 1;
-  constexpr i64 kInputs = 16, kStrip = 4096 / R / 64 * 64;
-  const i64 n_in = l.w->n_in, n_out = l.w->n_out, x_stride = T::stride(l);
+void in_out_sums(const Linear& l, i64 first, i64 last, i64 o, i64 n, float* sums, i64 width) {
+  constexpr int P = kFewPanels<R>;
+  const i64 n_out = l.w->n_out, x_stride = T::stride(l);
   const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
-  for (i64 o = begin; o < end; o += kStrip) {
-    const i64 n = smaller(kStrip, end - o), width = round_up(n, P * kLanes);
-    for (i64 i = 0; i < n_in; i += kInputs) {
-      const i64 inputs = smaller(kInputs, n_in - i);
-      const auto* x = T::input(l) + i;
-      for (i64 v = 0; v < n; v += P * kLanes) {
-        const auto* w = weights + i * n_out + o + v;
-        const i64 outputs = n - v;
-        if (inputs == kInputs && outputs >= P * kLanes) {
-          add_units<T, R, P>(
-              x, x_stride, kInputs / T::kUnit, sums + v, width, i == 0,
-              [&](i64 u, typename T::V out[P]) { T::template unit<P>(w + u * T::kUnit * n_out, n_out, out); });
-        } else {
-          add_units<T, R, P>(
-              x, x_stride, div_up(inputs, T::kUnit), sums + v, width, i == 0, [&](i64 u, typename T::V out[P]) {
-                T::template unit_first<P>(w + u * T::kUnit * n_out, n_out, inputs - u * T::kUnit, outputs, out);
-              });
-        }
+  if (first >= last) std::memset(sums, 0, size_t(R * width) * sizeof(float));
+  for (i64 i = first; i < last; i += kFewInputs) {
+    const i64 inputs = smaller(kFewInputs, last - i);
+    const auto* x = T::input(l) + i;
+    for (i64 v = 0; v < n; v += P * kLanes) {
+      const auto* w = weights + i * n_out + o + v;
+      const i64 outputs = n - v;
+      if (inputs == kFewInputs && outputs >= P * kLanes) {
+        add_units<T, R, P>(
+            x, x_stride, kFewInputs / T::kUnit, sums + v, width, i == first,
+            [&](i64 u, typename T::V out[P]) { T::template unit<P>(w + u * T::kUnit * n_out, n_out, out); });
+      } else {
+        add_units<T, R, P>(
+            x, x_stride, div_up(inputs, T::kUnit), sums + v, width, i == first, [&](i64 u, typename T::V out[P]) {
+              T::template unit_first<P>(w + u * T::kUnit * n_out, n_out, inputs - u * T::kUnit, outputs, out);
+            });
       }
     }
-    finish_sums<T, P>(l, 0, R, o, n, sums, width);
+  }
+}
+
+template <typename T, int R>
+void in_out_few(const Linear& l, i64 begin, i64 end, float* sums) {
+  constexpr i64 kStrip = 4096 / R / 64 * 64;
+  const i64 cut = cut_of(*l.w);
+  for (i64 o = begin; o < end; o += kStrip) {
+    const i64 n = smaller(kStrip, end - o), width = round_up(n, kFewPanels<R> * kLanes);
+    in_out_sums<T, R>(l, 0, smaller(cut, l.w->n_in), o, n, sums, width);
+    in_out_sums<T, R>(l, cut, l.w->n_in, o, n, sums + R * width, width);
+    finish_sums<T, kFewPanels<R>>(l, 0, R, o, n, sums, width);
+  }
+}
+
+// One row's products with one half of the inputs.
+template <typename T>
+void in_out_half(const Linear& l, int half, i64 begin, i64 end, float* sums, float* scratch) {
+  constexpr int P = kFewPanels<1>;
+  constexpr i64 kStrip = 4096;
+  const i64 cut = cut_of(*l.w);
+  for (i64 o = begin; o < end; o += kStrip) {
+    const i64 n = smaller(kStrip, end - o);
+    const i64 first = half ? cut : 0, last = half ? l.w->n_in : smaller(cut, l.w->n_in);
+    in_out_sums<T, 1>(l, first, last, o, n, scratch, round_up(n, P * kLanes));
+    for (i64 v = 0; v < n; v += P * kLanes) {
+      F sum[P];
+      for (int k = 0; k < P; k++) sum[k] = load(scratch + v + k * kLanes);
+      T::template in_order<P>(sum);
+      for (i64 k = 0; k < P && v + k * kLanes < n; k++)
+        store_first(sums + o + v + k * kLanes, sum[k], smaller(kLanes, n - v - k * kLanes));
+    }
   }
 }
 
@@ -347,8 +409,9 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
   constexpr int P = kRegisters > 8 ? 4 : 1;
   constexpr i64 kRows = 6, kUnits = 2048, kMany = 512, kWidth = P * kLanes;
   constexpr i64 kLines = kWidth * T::kUnit * i64(sizeof(typename T::Element)) / 64;  // in a unit
-  static_assert((kUnits + kMany) * kWidth * 4 <= kScratch);
+  static_assert((kUnits + 2 * kMany) * kWidth * 4 <= kScratch);
   const i64 n_out = l.w->n_out, x_stride = T::stride(l), n_units = div_up(l.w->n_in, T::kUnit);
+  const i64 cut = cut_of(*l.w) / T::kUnit;
   const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
   auto* strip = static_cast<u8*>(scratch);
   auto* sums = static_cast<float*>(scratch) + kUnits * kWidth;
@@ -356,8 +419,10 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
     const i64 n = smaller(kWidth, end - o);
     for (i64 first_row = 0; first_row < l.n_rows; first_row += kMany) {
       const i64 n_rows = smaller(kMany, l.n_rows - first_row);
-      for (i64 first = 0; first < n_units; first += kUnits) {
-        const i64 units = smaller(kUnits, n_units - first);
+      if (cut >= n_units) std::memset(sums + n_rows * kWidth, 0, size_t(n_rows * kWidth) * sizeof(float));
+      for (i64 first = 0, units; first < n_units; first += units) {
+        units = smaller(kUnits, (first < cut ? smaller(cut, n_units) : n_units) - first);
+        float* const half = sums + (first < cut ? 0 : n_rows * kWidth);
         for (i64 u = 0; u < units; u++) {
           const i64 i = (first + u) * T::kUnit;
           V out[P];
@@ -380,7 +445,7 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
           if (first + units == n_units) fetch_outputs(l, first_row + row, together, o, n);
           with_count<kRows>(together, [&](auto count) {
             constexpr int R = decltype(count)::value;
-            add_units<T, R, P>(x, x_stride, units, sums + row * kWidth, kWidth, first == 0, stored);
+            add_units<T, R, P>(x, x_stride, units, half + row * kWidth, kWidth, first == 0 || first == cut, stored);
           });
         }
       }
@@ -401,7 +466,7 @@ void linear_dense(const Linear& l, i64 begin, i64 end, void* scratch) {
 
 // ---- bf16 in the order of tiles ------------------------------------------------------------------------------------
 
-#if !PRONGHORN_ISA_avx512bf16
+#if PRONGHORN_ISA_amx
 
 // 32 inputs of a panel of 16 outputs as pairs: out[j] has inputs (2j, 2j + 1) of each output; zero past the edges.
 inline void load_pairs(const Matrix& w, i64 i, i64 o, I out[16]) {
@@ -426,8 +491,6 @@ inline void load_pairs(const Matrix& w, i64 i, i64 o, I out[16]) {
     }
   }
 }
-
-#if PRONGHORN_ISA_amx
 
 void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
   // Two panels of weights as pairs, then 16 rows of each of four tiles of sums.
@@ -474,98 +537,6 @@ void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
   }
   tiles_end();
 }
-
-#else
-
-// The [in, out] order's few rows: as linear_in_out, 32 inputs at a time, straight from the weights.
-void linear_bf16_in_out(const Linear& l, i64 begin, i64 end, float* scratch) {
-  const i64 n_in = l.w->n_in, n_out = l.w->n_out, width = round_up(n_in, 32);
-  const auto* w = reinterpret_cast<const u16*>(l.w->data);
-  float* x = scratch;  // [width], widened
-  float* sums = scratch + width;
-  constexpr i64 kStrip = 4096;
-  for (i64 row = 0; row < l.n_rows; row++) {
-    const auto* values = static_cast<const u16*>(l.in.values) + row * l.in.stride;
-    for (i64 i = 0; i < width; i += kLanes) store(x + i, load_bf16(values + i));
-    for (i64 o = begin; o < end; o += kStrip) {
-      const i64 n = smaller(kStrip, end - o);
-      std::memset(sums, 0, size_t(round_up(n, kLanes)) * sizeof(float));
-      for (i64 i = 0; i < n_in; i += 32) {
-        const i64 inputs = smaller(32, n_in - i);
-        for (i64 v = 0; v < n; v += kLanes) {
-          const u16* p = w + i * n_out + o + v;
-          const i64 lanes = smaller(kLanes, n - v);
-          F even = zero(), odd = zero();
-          if (inputs == 32 && lanes == kLanes) {
-#pragma GCC unroll 8
-            for (i64 j = 0; j < 16; j++, p += 2 * n_out) {
-              prefetch(p + 32 * n_out);
-              even = fma(set(x[i + 2 * j]), load_bf16(p), even);
-              prefetch(p + 33 * n_out);
-              odd = fma(set(x[i + 2 * j + 1]), load_bf16(p + n_out), odd);
-            }
-          } else {
-            for (i64 j = 0; j < inputs; j++, p += n_out) {
-              F& sum = j % 2 ? odd : even;
-              sum = fma(set(x[i + j]), load_bf16_first(p, lanes), sum);
-            }
-            even = even + zero(), odd = odd + zero();  // as zeros at the end do: -0 becomes 0
-          }
-          store(sums + v, load(sums + v) + (even + odd));
-        }
-      }
-      for (i64 v = 0; v < n; v += kLanes) finish(l, row, o + v, smaller(kLanes, n - v), load(sums + v));
-    }
-  }
-}
-
-void linear_bf16(const Linear& l, i64 begin, i64 end, void* scratch) {
-  if (l.w->order == Order::in_out && l.n_rows == 1)
-    return linear_bf16_in_out(l, begin, end, static_cast<float*>(scratch));
-  constexpr i64 kRows = kRegisters == 8 ? 2 : 4,
-                kMany = 32;  // rows whose inputs stay in the second cache while a panel passes
-  const i64 n_in = l.w->n_in, width = round_up(n_in, 32);
-  auto* x = static_cast<float*>(scratch);  // [kMany][width], widened
-  const i64 many = larger(1, smaller(kMany, kScratch / 8 / (width * 4)));
-  auto* sums = x + many * width;  // [many][kPanel]
-  for (i64 first_row = 0; first_row < l.n_rows; first_row += many) {
-    const i64 n_rows = smaller(many, l.n_rows - first_row);
-    const auto* values = static_cast<const u16*>(l.in.values) + first_row * l.in.stride;
-    for (i64 r = 0; r < n_rows; r++)
-      for (i64 i = 0; i < width; i += kLanes) store(x + r * width + i, load_bf16(values + r * l.in.stride + i));
-    for (i64 o = begin; o < end; o += kPanel) {
-      std::memset(sums, 0, size_t(n_rows * kPanel) * sizeof(float));
-      for (i64 i = 0; i < n_in; i += 32) {
-        I pairs[16];
-        load_pairs(*l.w, i, o, pairs);
-        for (i64 row = 0; row < n_rows; row += kRows) {
-          with_count<kRows>(smaller(kRows, n_rows - row), [&](auto count) {
-            constexpr int R = decltype(count)::value;
-            const float* xi = x + row * width + i;
-            F even[R], odd[R];
-            for (int r = 0; r < R; r++) even[r] = odd[r] = zero();
-#pragma GCC unroll 4
-            for (int j = 0; j < 16; j++) {
-              const F we = even_halves(pairs[j]), wo = odd_halves(pairs[j]);
-              for (int r = 0; r < R; r++) {
-                even[r] = fma(set(xi[r * width + 2 * j]), we, even[r]);
-                odd[r] = fma(set(xi[r * width + 2 * j + 1]), wo, odd[r]);
-              }
-            }
-            for (int r = 0; r < R; r++) {
-              float* sum = sums + (row + r) * kPanel;
-              store(sum, load(sum) + (even[r] + odd[r]));
-            }
-          });
-        }
-      }
-      const i64 n = smaller(kPanel, end - o);
-      for (i64 r = 0; r < n_rows; r++) finish(l, first_row + r, o, n, load_first(sums + r * kPanel, n));
-    }
-  }
-}
-
-#endif
 
 #endif
 
@@ -825,10 +796,10 @@ void linear(const Linear& l, i64 begin, i64 end, void* scratch) {
     case Format::f16:
       return linear_dense<F16>(l, begin, end, scratch);
     case Format::bf16:
-#if PRONGHORN_ISA_avx512bf16
-      return linear_dense<Bf16>(l, begin, end, scratch);
-#else
+#if PRONGHORN_ISA_amx
       return linear_bf16(l, begin, end, scratch);
+#else
+      return linear_dense<Bf16>(l, begin, end, scratch);
 #endif
     case Format::int8:
     case Format::int4:
@@ -841,6 +812,35 @@ void linear(const Linear& l, i64 begin, i64 end, void* scratch) {
       return linear_quantized_any<Kind::int4>(l, begin, end, scratch);
     case Kind::int4_symmetric:
       return linear_quantized_any<Kind::int4_symmetric>(l, begin, end, scratch);
+  }
+}
+
+bool halves(const Matrix& w) {
+#if PRONGHORN_ISA_amx
+  if (w.format == Format::bf16) return false;
+#endif
+  return w.order == Order::in_out;
+}
+
+void linear_half(const Linear& l, int half, i64 begin, i64 end, float* sums, void* scratch) {
+  auto* memory = static_cast<float*>(scratch);
+  switch (l.w->format) {
+    case Format::f32:
+      return in_out_half<F32>(l, half, begin, end, sums, memory);
+    case Format::f16:
+      return in_out_half<F16>(l, half, begin, end, sums, memory);
+    default:
+#if !PRONGHORN_ISA_amx
+      return in_out_half<Bf16>(l, half, begin, end, sums, memory);
+#endif
+      return;
+  }
+}
+
+void join_halves(const Linear& l, const float* sums, i64 begin, i64 end) {
+  for (i64 o = begin; o < end; o += kLanes) {
+    const i64 n = smaller(kLanes, end - o);
+    finish(l, 0, o, n, load_first(sums + o, n) + load_first(sums + l.w->n_out + o, n));
   }
 }
 
@@ -883,13 +883,27 @@ void quantize_rows(const float* x, i64 x_stride, i64 n_in, i64 group, std::int8_
   }
 }
 
-void round_rows(const float* x, i64 x_stride, i64 n_in, std::uint16_t* values, i64 stride, i64 begin, i64 end) {
+#if PRONGHORN_HALF_INPUTS
+using RoundedInput = u16;
+#else
+using RoundedInput = float;
+#endif
+
+void round_rows(const float* x, i64 x_stride, i64 n_in, void* values, i64 stride, i64 begin, i64 end) {
   for (i64 row = begin; row < end; row++) {
+    auto* out = static_cast<RoundedInput*>(values) + row * stride;
     for (i64 i = 0; i < n_in; i += kLanes) {
       const i64 n = smaller(kLanes, n_in - i);
-      store_bf16_first(values + row * stride + i, load_first(x + row * x_stride + i, n), n);
+      const F v = load_first(x + row * x_stride + i, n);
+#if PRONGHORN_HALF_INPUTS
+      store_bf16_first(out + i, v, n);
+#else
+      u16 rounded[kLanes];
+      store_bf16_first(rounded, v, kLanes);
+      store_first(out + i, load_bf16(rounded), n);
+#endif
     }
-    std::memset(values + row * stride + n_in, 0, size_t(stride - n_in) * 2);
+    std::memset(out + n_in, 0, size_t(stride - n_in) * sizeof(*out));
   }
 }
 
@@ -1650,8 +1664,12 @@ extern const Kernels table;
 const Kernels table = {
     PRONGHORN_STRING(PRONGHORN_NAMESPACE),
     linear,
+    halves,
+    linear_half,
+    join_halves,
     quantize_rows,
     round_rows,
+    sizeof(RoundedInput),
     embed,
     layer_norm,
     rms_norm,

@@ -61,7 +61,9 @@ static constexpr i64 packed_size(Format format, i64 n_out, i64 n_in, i64 group, 
 
 // A linear layer's input, in the form that its weights' format asks for.
 //   f32, f16: the values, `x`.
-//   bf16:     rounded to bf16 in `values`, rows of `stride` elements, zero up to a multiple of 32.
+//   bf16:     rounded to bf16 in `values`, as bf16 or f32 (Kernels::rounded_size), rows of `stride` elements, zero up
+//   to
+//             a multiple of 32.
 //   int8, int4: 8-bit integers within +-127 in `values`, rows of `stride` bytes, zero up to a multiple of 64;
 //             for each row and group a scale in `scales` and the sum of its integers in `sums` (as integers).
 // `values` is readable for a multiple of 16 rows.
@@ -170,10 +172,17 @@ struct Kernels {
 
   // Outputs [begin, end) of all rows; begin is a multiple of kPanel.
   void (*linear)(const Linear&, i64 begin, i64 end, void* scratch);
+  // Whether one row's products with such weights can be shared out by halves of the inputs, too, so that each thread
+  // reads long stretches of them. linear_half: a half's sums of outputs [begin, end) into its sums [n_out].
+  // join_halves: from both, [2][n_out], what `linear` gives, to the bit.
+  bool (*halves)(const Matrix&);
+  void (*linear_half)(const Linear&, int half, i64 begin, i64 end, float* sums, void* scratch);
+  void (*join_halves)(const Linear&, const float* sums, i64 begin, i64 end);
   // Rows [begin, end) of x into the form that `format` and `group` ask for; group 0 is the whole row.
   void (*quantize_rows)(const float* x, i64 x_stride, i64 n_in, i64 group, std::int8_t* values, i64 stride,
                         float* scales, std::int32_t* sums, i64 begin, i64 end);
-  void (*round_rows)(const float* x, i64 x_stride, i64 n_in, std::uint16_t* values, i64 stride, i64 begin, i64 end);
+  void (*round_rows)(const float* x, i64 x_stride, i64 n_in, void* values, i64 stride, i64 begin, i64 end);
+  i64 rounded_size;  // bytes of a value of round_rows
 
   // y[row] = table[ids[row]] for rows [begin, end); `add` adds instead.
   void (*embed)(const Matrix& table, const std::int32_t* ids, float* y, i64 y_stride, bool add, i64 begin, i64 end);

@@ -242,7 +242,7 @@ Program::Instruction Program::linear_instruction(View x, int matrix, int bias, A
   Instruction rounding;
   rounding.kind = kind, rounding.x = x, rounding.group = m.group;
   if (kind == Kind::round) {
-    rounding.values = new_buffer(round_up(m.n_in, 32) * 2, logits);
+    rounding.values = new_buffer(round_up(m.n_in, 32) * kernels_.rounded_size, logits);
   } else {
     rounding.values = new_buffer(round_up(m.n_in, 64), logits);
     rounding.scales = new_buffer(groups * 4, logits);
@@ -255,8 +255,17 @@ Program::Instruction Program::linear_instruction(View x, int matrix, int bias, A
 
 View Program::linear(View x, int matrix, int bias, Activation activation, View residual) {
   Instruction linear = linear_instruction(x, matrix, bias, activation, residual);
-  linear.out = new_view(matrices_[static_cast<size_t>(matrix)].n_out);
-  append(Kind::linear, {x, residual, linear.out}, {linear.values, linear.scales, linear.sums}) = linear;
+  const Matrix& m = matrices_[static_cast<size_t>(matrix)];
+  linear.out = new_view(m.n_out);
+  if (kernels_.halves(m)) {
+    linear.halves = new_buffer(2 * m.n_out * 4, false);
+    buffers_.back().few = true;
+  }
+  append(Kind::linear, {x, residual, linear.out}, {linear.values, linear.scales, linear.sums, linear.halves}) = linear;
+  if (linear.halves >= 0) {
+    linear.kind = Kind::join;
+    append(Kind::join, {residual, linear.out}, {linear.halves}) = linear;
+  }
   return linear.out;
 }
 
@@ -336,7 +345,7 @@ void Program::logits(View x, int matrix, int bias) {
   append(Kind::linear, {rows}, {linear.values, linear.scales, linear.sums}) = linear;
 }
 
-Program::Accesses Program::accesses(const Instruction& in) const {
+Program::Accesses Program::accesses(const Instruction& in, Mode mode) const {
   constexpr i64 kNothing = -1, kLogits = -2, kPartials = -3;
   const i64 pages = -4 - in.layer;
   Accesses a;
@@ -356,8 +365,14 @@ Program::Accesses Program::accesses(const Instruction& in) const {
       read(in.x.buffer), write(in.values), write(in.scales), write(in.sums);
       break;
     case Kind::linear:
-      read(in.values < 0 ? in.x.buffer : in.values), read(in.scales), read(in.sums), read(in.z.buffer);
-      write(in.to_logits ? kLogits : in.out.buffer);
+      read(in.values < 0 ? in.x.buffer : in.values), read(in.scales), read(in.sums);
+      if (mode == kFew && in.halves >= 0)
+        write(in.halves);
+      else
+        read(in.z.buffer), write(in.to_logits ? kLogits : in.out.buffer);
+      break;
+    case Kind::join:
+      if (mode == kFew) read(in.halves), read(in.z.buffer), write(in.out.buffer);
       break;
     case Kind::angles:
       write(cos), write(sin);
@@ -386,10 +401,10 @@ void Program::find_repeated() {
   for (Buffer& b : buffers_) b.repeated = true;
   for (const Instruction& in : instructions_)
     if (!repeatable(in.kind))
-      for (const i64 n : accesses(in).writes)
+      for (const i64 n : accesses(in, kFew).writes)
         if (n >= 0) buffers_[static_cast<size_t>(n)].repeated = false;
   for (Instruction& in : instructions_) {
-    const std::vector<i64> writes = accesses(in).writes;
+    const std::vector<i64> writes = accesses(in, kFew).writes;
     in.repeated = repeatable(in.kind) && std::all_of(writes.begin(), writes.end(),
                                                      [&](i64 n) { return buffers_[static_cast<size_t>(n)].repeated; });
   }
@@ -410,7 +425,7 @@ void Program::place_barriers(Mode mode) {
   std::vector<Accesses> all;
   for (size_t i = 0; i < instructions_.size(); i++) {
     Instruction& in = instructions_[i];
-    Accesses& now = all.emplace_back(accesses(in));
+    Accesses& now = all.emplace_back(accesses(in, mode));
     std::erase_if(now.reads, own), std::erase_if(now.writes, own);
     for (size_t j = last; j < i && !in.barrier[mode]; j++)
       in.barrier[mode] =
@@ -431,7 +446,7 @@ i64 Program::place_buffers(Mode mode, i64 rows) {
   std::vector<Place> places;
   i64 total = 0;
   for (Buffer& b : buffers_) {
-    const i64 size = round_up(b.row_bytes * rows, 64);
+    const i64 size = b.few && mode != kFew ? 0 : round_up(b.row_bytes * rows, 64);
     const i64 first = phase[static_cast<size_t>(b.first)], last = phase[static_cast<size_t>(b.last)];
     i64 at = 0;
     for (bool moved = true; moved;) {
@@ -560,10 +575,10 @@ void Program::execute(const Instruction& in, const Batch& batch, const KvCache& 
                                     reinterpret_cast<float*>(buffer(in.scales)),
                                     reinterpret_cast<std::int32_t*>(buffer(in.sums)), rows.begin, rows.end);
     case Kind::round:
-      return kernels_.round_rows(floats(in.x), stride(in.x), in.x.width,
-                                 reinterpret_cast<std::uint16_t*>(buffer(in.values)), round_up(in.x.width, 32),
+      return kernels_.round_rows(floats(in.x), stride(in.x), in.x.width, buffer(in.values), round_up(in.x.width, 32),
                                  rows.begin, rows.end);
-    case Kind::linear: {
+    case Kind::linear:
+    case Kind::join: {
       const Matrix& w = matrix();
       Linear l{};
       l.w = &w, l.n_rows = n, l.bias = weights(in.bias), l.activation = in.activation;
@@ -576,6 +591,19 @@ void Program::execute(const Instruction& in, const Batch& batch, const KvCache& 
       if (in.z.buffer >= 0) l.residual = floats(in.z), l.residual_stride = stride(in.z);
       l.y = in.to_logits ? reinterpret_cast<float*>(logits_.data()) : floats(in.out);
       l.y_stride = in.to_logits ? vocab_size_ : stride(in.out);
+      if (in.halves >= 0 && frame.mode == kFew) {
+        auto* sums = reinterpret_cast<float*>(buffer(in.halves));
+        if (in.kind == Kind::join) return kernels_.join_halves(l, sums, rows.begin * w.n_out, rows.end * w.n_out);
+        const i64 all_outputs = round_up(w.n_out, kPanel);
+        const Share share(2 * all_outputs, kPanel, thread, size);
+        for (int half = 0; half < 2; half++) {
+          const i64 begin = std::max<i64>(share.begin - half * all_outputs, 0);
+          const i64 end = std::min(share.end - half * all_outputs, w.n_out);
+          if (begin < end) kernels_.linear_half(l, half, begin, end, sums + half * w.n_out, scratch);
+        }
+        return;
+      }
+      if (in.kind == Kind::join) return;
       const Share outputs(w.n_out, kPanel, thread, size);
       if (n && outputs.begin < outputs.end) kernels_.linear(l, outputs.begin, outputs.end, scratch);
       return;

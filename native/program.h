@@ -128,6 +128,7 @@ class Program {
     quantize,
     round,
     linear,
+    join,
     angles,
     keys_values,
     attend,
@@ -148,6 +149,7 @@ class Program {
   struct Buffer {
     i64 row_bytes;
     bool logits;
+    bool few = false;           // only for few rows
     i64 first = -1, last = -1;  // the instructions that it lives through
     bool repeated = false;      // for few rows each thread has one
     i64 at[kModes] = {};        // in a mode's arena
@@ -163,6 +165,7 @@ class Program {
     View x{}, y{}, z{}, out{};
     int matrix = -1, weight = -1, bias = -1, rope = -1;
     int values = -1, scales = -1, sums = -1;  // buffers of a linear's rounded input
+    int halves = -1;                          // buffer: for few rows a linear leaves its sums there, for a join
     Activation activation = Activation::none;
     float number = 0;  // eps, or attention's scale
     i64 layer = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, window = 0, group = 0;
@@ -183,7 +186,7 @@ class Program {
   Instruction linear_instruction(View x, int matrix, int bias, Activation activation, View residual);
   const Vector* vector(int number, i64 n) const;
   void check(const Batch& batch, const KvCache& cache) const;
-  Accesses accesses(const Instruction& instruction) const;
+  Accesses accesses(const Instruction& instruction, Mode mode) const;
   void find_repeated();
   void place_barriers(Mode mode);
   i64 place_buffers(Mode mode, i64 rows);

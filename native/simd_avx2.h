@@ -78,7 +78,6 @@ inline F load_bf16(const void* p) { return as_float(shift_left_16(widen(halves(p
 inline F load_bf16_first(const void* p, i64 n) { return as_float(shift_left_16(widen(halves_first(p, n)))); }
 inline F load_f16(const void* p) { return widen_f16(halves(p)); }
 inline F load_f16_first(const void* p, i64 n) { return widen_f16(halves_first(p, n)); }
-inline I load_halves_first(const void* p, i64 n) { return widen(halves_first(p, n)); }
 inline void store_bf16_first(void* p, F v, i64 n) {
   const auto round = [](__m256 x) {
     const __m256i bits = _mm256_castps_si256(x), top = _mm256_srli_epi32(bits, 16);
@@ -110,10 +109,6 @@ inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b
 inline I load_int(const i32* p) {
   const auto* parts = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(parts), _mm256_loadu_si256(parts + 1)};
-}
-inline I pair_halves(I even, I odd) {
-  const I high = shift_left_16(odd);
-  return {_mm256_or_si256(even.a, high.a), _mm256_or_si256(even.b, high.b)};
 }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
@@ -211,44 +206,6 @@ inline I end_nibbles(I sum, Nibbles n) {
   return add_int(sum, {_mm256_madd_epi16(n.a, ones), _mm256_madd_epi16(n.b, ones)});
 }
 
-// 8 rows of 8 pairs, the i-th in halves at p + i * stride, to columns; the halves are joined as they are loaded.
-inline void load_transposed_8(const u16* p, i64 stride, __m256i v[8]) {
-  const auto half = [&](int row, int part) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + row * stride + 8 * part));
-  };
-  __m256i t[8];
-  for (int i = 0; i < 4; i++) {  // rows i, i + 4
-    t[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(half(i, 0)), half(i + 4, 0), 1);
-    t[i + 4] = _mm256_inserti128_si256(_mm256_castsi128_si256(half(i, 1)), half(i + 4, 1), 1);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    const __m256i a = _mm256_unpacklo_epi32(t[i], t[i + 1]), b = _mm256_unpackhi_epi32(t[i], t[i + 1]);
-    const __m256i c = _mm256_unpacklo_epi32(t[i + 2], t[i + 3]), d = _mm256_unpackhi_epi32(t[i + 2], t[i + 3]);
-    v[i] = _mm256_unpacklo_epi64(a, c);
-    v[i + 1] = _mm256_unpackhi_epi64(a, c);
-    v[i + 2] = _mm256_unpacklo_epi64(b, d);
-    v[i + 3] = _mm256_unpackhi_epi64(b, d);
-  }
-}
-inline void load_transposed(const u16* p, i64 stride, I v[16]) {
-  for (int part = 0; part < 2; part++) {
-    __m256i t[8];
-    load_transposed_8(p + 16 * part, stride, t);
-    for (int i = 0; i < 8; i++) v[8 * part + i].a = t[i];
-    load_transposed_8(p + 8 * stride + 16 * part, stride, t);
-    for (int i = 0; i < 8; i++) v[8 * part + i].b = t[i];
-  }
-}
-inline void transpose(I v[16]) {
-  I t[16];
-  std::memcpy(t, v, sizeof t);
-  load_transposed(reinterpret_cast<const u16*>(t), 32, v);
-}
-inline I load_pairs_first(const u16* p, i64 n) {
-  I v = zero_int();
-  std::memcpy(&v, p, size_t(n < 32 ? n : 32) * 2);
-  return v;
-}
 inline F even_halves(I pairs) { return as_float(shift_left_16(pairs)); }
 inline F odd_halves(I pairs) {
   const __m256i mask = _mm256_set1_epi32(i32(0xffff0000));

@@ -75,12 +75,6 @@ inline I load_int(const i32* p) {
   return v;
 }
 
-inline I load_halves_first(const void* p, i64 n) {
-  I v = {};
-  for (i64 i = 0; i < n; i++) v[i] = half_at(p, i);
-  return v;
-}
-inline I pair_halves(I even, I odd) { return even | odd << 16; }
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 inline float lanes_sum(F v) {
@@ -126,24 +120,6 @@ inline Nibbles begin_nibbles(I sum) { return sum; }
 inline Nibbles dot_nibbles(Nibbles sum, Quads w, i32 quad) { return dot_bytes(sum, w, quad); }
 inline I end_nibbles(I, Nibbles sum) { return sum; }
 
-inline void transpose(I v[16]) {
-  for (int i = 0; i < 16; i++)
-    for (int j = 0; j < i; j++) {
-      const i32 t = v[i][j];
-      v[i][j] = v[j][i];
-      v[j][i] = t;
-    }
-}
-inline I load_pairs_first(const u16* p, i64 n) {
-  I v = {};
-  std::memcpy(&v, p, size_t(n < 32 ? n : 32) * 2);
-  return v;
-}
-inline void load_transposed(const u16* p, i64 stride, I v[16]) {
-#pragma GCC unroll 16
-  for (i64 r = 0; r < 16; r++) v[r] = load_pairs_first(p + r * stride, 32);
-  transpose(v);
-}
 inline F even_halves(I pairs) { return F(pairs << 16); }
 inline F odd_halves(I pairs) { return F(pairs & i32(0xffff0000)); }
 

@@ -97,9 +97,6 @@ inline F load_bf16(const void* p) { return widen_bf16(halves(p)); }
 inline F load_bf16_first(const void* p, i64 n) { return widen_bf16(halves_first(p, n)); }
 inline F load_f16(const void* p) { return widen_f16(halves(p)); }
 inline F load_f16_first(const void* p, i64 n) { return widen_f16(halves_first(p, n)); }
-inline I load_halves_first(const void* p, i64 n) {
-  return each<I>([](uint16x4_t h) { return vreinterpretq_s32_u32(vmovl_u16(h)); }, halves_first(p, n));
-}
 inline void store_bf16_first(void* p, F v, i64 n) {
   const Halves h = each<Halves>(
       [](float32x4_t x) {
@@ -146,9 +143,6 @@ inline I load_int(const i32* p) {
   I v;
   std::memcpy(&v, p, sizeof v);
   return v;
-}
-inline I pair_halves(I even, I odd) {
-  return each<I>([](int32x4_t a, int32x4_t b) { return vorrq_s32(a, vshlq_n_s32(b, 16)); }, even, odd);
 }
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the second cache
 
@@ -203,32 +197,6 @@ inline Nibbles dot_nibbles(Nibbles sum, Quads w, i32 quad) {
 }
 inline I end_nibbles(I, Nibbles sum) { return sum; }
 
-inline void transpose(I v[16]) {
-  const auto wide = [](int32x4_t x) { return vreinterpretq_s64_s32(x); };
-  const auto narrow = [](int64x2_t x) { return vreinterpretq_s32_s64(x); };
-  I t[16];
-  for (int i = 0; i < 4; i++)
-    for (int j = 0; j < 4; j++) {  // 4 rows times 4 columns
-      const I* r = v + 4 * i;
-      const int32x4_t a = vtrn1q_s32(r[0].v[j], r[1].v[j]), b = vtrn2q_s32(r[0].v[j], r[1].v[j]);
-      const int32x4_t c = vtrn1q_s32(r[2].v[j], r[3].v[j]), d = vtrn2q_s32(r[2].v[j], r[3].v[j]);
-      t[4 * j].v[i] = narrow(vtrn1q_s64(wide(a), wide(c)));
-      t[4 * j + 1].v[i] = narrow(vtrn1q_s64(wide(b), wide(d)));
-      t[4 * j + 2].v[i] = narrow(vtrn2q_s64(wide(a), wide(c)));
-      t[4 * j + 3].v[i] = narrow(vtrn2q_s64(wide(b), wide(d)));
-    }
-  for (int i = 0; i < 16; i++) v[i] = t[i];
-}
-inline I load_pairs_first(const u16* p, i64 n) {
-  I v = zero_int();
-  std::memcpy(&v, p, size_t(n < 32 ? n : 32) * 2);
-  return v;
-}
-inline void load_transposed(const u16* p, i64 stride, I v[16]) {
-#pragma GCC unroll 16
-  for (i64 r = 0; r < 16; r++) v[r] = load_pairs_first(p + r * stride, 32);
-  transpose(v);
-}
 inline F even_halves(I pairs) {
   return each<F>([](int32x4_t p) { return vreinterpretq_f32_s32(vshlq_n_s32(p, 16)); }, pairs);
 }

@@ -79,9 +79,9 @@ void linears(const Kernels& kernels, Pool& pool, void* scratch) {
   const std::vector<float> x = values(kRowsMax * kIn), w = values(kOut * kIn);
   std::vector<float> y(kRowsMax * kOut), scales(kRowsMax * kIn / 32);
   std::vector<std::int8_t> bytes((kRowsMax + 16) * kIn);
-  std::vector<std::uint16_t> halves((kRowsMax + 16) * kIn);
+  std::vector<float> rounded((kRowsMax + 16) * kIn);
   std::vector<std::int32_t> sums(kRowsMax * kIn / 32);
-  count("round_rows", [&] { kernels.round_rows(x.data(), kIn, kIn, halves.data(), kIn, 0, kRowsMax); });
+  count("round_rows", [&] { kernels.round_rows(x.data(), kIn, kIn, rounded.data(), kIn, 0, kRowsMax); });
   for (const Weights& kind : kWeights) {
     const bool packed = kind.order == Order::packed;
     Matrix matrix{nullptr, kind.format, kind.order, kOut, kIn, kind.group, kind.symmetric};
@@ -102,7 +102,7 @@ void linears(const Kernels& kernels, Pool& pool, void* scratch) {
     linear.w = &matrix;
     linear.in = {x.data(),
                  kIn,
-                 packed ? static_cast<const void*>(bytes.data()) : halves.data(),
+                 packed ? static_cast<const void*>(bytes.data()) : rounded.data(),
                  kIn,
                  scales.data(),
                  sums.data(),

@@ -97,15 +97,14 @@ inline double activation_error(Activation a, double x, double error) {
 
 // TDPBF16PS on 32 inputs at a time (Intel SDM): the even and the odd products are two chains of fused
 // multiply-adds in f32 from zero; they are added to one another, and then to the sum. The caller has set
-// the environment that flushes denormals. Not `fused`: the product, which f32 holds exactly unless it leaves its
-// range, is rounded (to infinity or zero) before it is added.
-inline float bfloat_dot(const std::uint16_t* x, const std::uint16_t* w, i64 w_stride, i64 n, bool fused) {
+// the environment that flushes denormals.
+inline float bfloat_dot(const std::uint16_t* x, const std::uint16_t* w, i64 w_stride, i64 n) {
   float sum = 0;
   for (i64 i = 0; i < n; i += 32) {
     float chain[2] = {0, 0};
     for (i64 j = i; j < i + 32; ++j) {
       const float a = j < n ? bfloat(x[j]) : 0, b = j < n ? bfloat(w[j * w_stride]) : 0;
-      chain[j & 1] = fused ? std::fma(a, b, chain[j & 1]) : a * b + chain[j & 1];
+      chain[j & 1] = std::fma(a, b, chain[j & 1]);
     }
     sum += chain[0] + chain[1];
   }
