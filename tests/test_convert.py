@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pronghorn.cli import main
 from pronghorn.convert import convert, row_order
 from pronghorn.errors import CheckpointError, ParameterError, PronghornError
 from pronghorn.models import model_for
+from pronghorn.quantize import quantize
 from pronghorn.text import open_tokenizer
 from pronghorn.text.export import SAMPLES
 from pronghorn.weights import TokenizerSource, open_checkpoint, writing
@@ -373,6 +375,34 @@ def test_mistakes(wide: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file or folder"):
         convert(tmp_path / "none", tmp_path / "x")
     assert open_checkpoint(wide).tensors
+
+
+def test_the_source_is_not_replaced(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a folder that it lies in: however both are spelled, and where links lead to it."""
+    models, files = tmp_path / "models", tmp_path / "files"
+    shutil.copytree(wide, models / "m")
+    shutil.copytree(wide, models / "linked")
+    files.mkdir()
+    for name in ("model.safetensors", "config.json"):  # as the Hub's cache has them
+        (models / "linked" / name).rename(files / name)
+        (models / "linked" / name).symlink_to(files / name)
+    (tmp_path / "link").symlink_to(models / "m")
+    (models / "other").symlink_to(files)
+    monkeypatch.chdir(tmp_path)
+    for source, destination in (
+        ("models/m", f"{tmp_path}/models/m"), (f"{tmp_path}/models/m", "models"), ("models/m", "models"),
+        ("models/m", "./models/../models/m"), ("models/../models/m", tmp_path), ("link", "models"), ("link", "models/m"),
+        ("models/m", "link"), ("models/linked", f"{tmp_path}/models/linked"), ("models/linked", "files"),
+        ("models/other", models), ("models/m/model.safetensors", "models"),
+    ):  # fmt: skip
+        for write in (convert, quantize):
+            with pytest.raises(ParameterError, match="is the source itself"):
+                write(source, destination, force=True)
+    assert open_checkpoint(models / "m").tensors
+    monkeypatch.chdir(models / "linked")
+    convert("../m", "../new")
+    convert("../m", "../new", force=True)
+    assert open_checkpoint(models / "new").tensors
 
 
 def test_force_replaces_a_folder(wide: Path, tmp_path: Path) -> None:

@@ -72,9 +72,15 @@ def open_for(source: str | Path, path: Path, *, folder: bool, force: bool) -> Ch
     if force and path.is_dir() != folder and os.path.lexists(path):
         raise ParameterError(f"{shown(str(path), 4096)} is {'no folder' if folder else 'a folder'}")
     checkpoint = open_source(source)
-    if path.exists() and any(file.samefile(path) or path in file.parents for file in checkpoint.files):
+    if path.exists() and any(is_on_the_way(path, file) for file in checkpoint.files):
         raise ParameterError(f"{shown(str(path), 4096)} is the source itself")
     return checkpoint
+
+
+def is_on_the_way(path: Path, file: Path) -> bool:
+    """Whether a file would be lost with `path`: which it is, or lies under, however either is spelled or linked."""
+    places = [file, *Path(os.path.abspath(file)).parents, *file.resolve().parents]  # noqa: PTH100 (links kept, no "..")
+    return any(place.exists() and place.samefile(path) for place in places)
 
 
 # Tensors ------------------------------------------------------------------------------------------------------
