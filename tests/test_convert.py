@@ -413,6 +413,31 @@ def test_force_replaces_a_folder(wide: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_force_replaces_a_link_and_not_what_it_leads_to(wide: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "old").write_text("")
+    (tmp_path / "hf").symlink_to(tmp_path / "kept")
+    convert(wide, tmp_path / "hf", force=True)
+    assert open_checkpoint(tmp_path / "hf").tensors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "kept"]
+    assert (tmp_path / "kept" / "old").exists()
+
+
+def test_what_cannot_be_replaced_stays(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "old").write_text("")
+
+    def rename(path: Path, target: Path, original: Callable[[Path, Path], Path] = Path.rename) -> Path:
+        if path.name.startswith(".converting-") and not path.name.endswith("-old"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(CheckpointError, match="hf: Input/output error"):
+        convert(wide, tmp_path / "hf", force=True)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["hf", "hf/old"]
+
+
 @pytest.mark.parametrize("destination", ["m.gguf", "hf"])
 @pytest.mark.parametrize("function", ["fsync", "write"])
 def test_a_full_disk_leaves_nothing(

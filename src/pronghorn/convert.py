@@ -232,6 +232,7 @@ def save_folder(
     """
     remarks = []
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".converting-"))
+    old = temporary.with_name(temporary.name + "-old")
     try:
         tokenizer = export.save(checkpoint.tokenizer, temporary)
         if tokenizer is None:
@@ -247,13 +248,14 @@ def save_folder(
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)
         if path.exists():  # with --force
-            old = temporary.with_name(temporary.name + "-old")
             path.rename(old)
             temporary.rename(path)
-            shutil.rmtree(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
         else:
             temporary.rename(path)
     except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(path):
+            old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return remarks
