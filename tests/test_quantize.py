@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,6 +283,17 @@ def test_two_processes_may_race(checkpoint_folder: Path, tmp_path: Path) -> None
     racers = [subprocess.Popen(command) for _ in range(3)]
     assert [racer.wait(120) for racer in racers] == [0, 0, 0]
     assert len(files(tmp_path / "cache")) == 1  # and nothing half written beside it
+
+
+def test_what_another_process_renames_meanwhile_is_left_to_it(
+    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def glob(folder: Path, pattern: str, original: Any = Path.glob) -> list[Path]:
+        return [*original(folder, pattern), folder / pattern.replace("*", "gone")]
+
+    monkeypatch.setattr(Path, "glob", glob)
+    first = prepared(checkpoint_folder, "int8")
+    assert same(prepared(checkpoint_folder, "int8"), first)
 
 
 def test_without_room_the_weights_are_kept_in_memory(

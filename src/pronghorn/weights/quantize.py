@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -253,10 +254,11 @@ class Jobs:
             notice(f"{folder}: {error.strerror}: the packed weights are kept in memory only")
             return self.in_memory()
         # What the same source became earlier, and what a process that was killed has left.
-        abandoned = [file for file in folder.glob("writing-*") if time.time() - file.stat().st_mtime > 3600]
-        for old in [*folder.glob(f"{place}-{dtype}-*.safetensors"), *abandoned]:
-            if old != path:
-                old.unlink(missing_ok=True)
+        with suppress(OSError):  # another process may be about to rename what it has written, or do the same
+            abandoned = [file for file in folder.glob("writing-*") if time.time() - file.stat().st_mtime > 3600]
+            for old in [*folder.glob(f"{place}-{dtype}-*.safetensors"), *abandoned]:
+                if old != path:
+                    old.unlink(missing_ok=True)
         return self.mapped(path)
 
     def identity(self, checkpoint: Checkpoint) -> bytes:
