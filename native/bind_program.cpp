@@ -73,7 +73,6 @@ void bind_program(nb::module_& m) {
     for (const Kernels* const* k = available_kernels(); *k; k++) names.emplace_back((*k)->isa);
     return names;
   });
-  m.def("usable_processors", &usable_processors);
 
   nb::class_<Pool>(m, "Pool").def(nb::init<int>(), nb::arg("threads")).def_prop_ro("size", &Pool::size);
 

@@ -391,9 +391,9 @@ def test_the_source_is_not_replaced(wide: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     for source, destination in (
         ("models/m", f"{tmp_path}/models/m"), (f"{tmp_path}/models/m", "models"), ("models/m", "models"),
-        ("models/m", "./models/../models/m"), ("models/../models/m", tmp_path), ("link", "models"), ("link", "models/m"),
-        ("models/m", "link"), ("models/linked", f"{tmp_path}/models/linked"), ("models/linked", "files"),
-        ("models/other", models), ("models/m/model.safetensors", "models"),
+        ("models/m", "./models/../models/m"), ("models/../models/m", tmp_path), ("link", "models"),
+        ("link", "models/m"), ("models/m", "link"), ("models/linked", f"{tmp_path}/models/linked"),
+        ("models/linked", "files"), ("models/other", models), ("models/m/model.safetensors", "models"),
     ):  # fmt: skip
         for write in (convert, quantize):
             with pytest.raises(ParameterError, match="is the source itself"):

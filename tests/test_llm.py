@@ -30,7 +30,7 @@ from pronghorn import (
 )
 from pronghorn.engine import sampling
 from pronghorn.generation import TextStream
-from pronghorn.llm import describe, free_memory, pages_for, room_of
+from pronghorn.llm import describe, pages_for
 from tiny import BOS, EOS, STORY, save_tiny
 
 
@@ -578,22 +578,6 @@ def test_kv_memory(tiny: Path) -> None:
     assert "choose a smaller kv_memory" in done.stderr
     assert pages_for(1, 10, 3, None) == 3
     assert pages_for(2**50, 33, 3, None) == 2  # a full context always, whatever is free now
-    assert 2**20 < free_memory() < 2**50
-
-
-def test_a_control_group_counts_no_files(tmp_path: Path) -> None:
-    """What it holds of files makes room when it is wanted."""
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("900\n")
-    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 350\nactive_file 250\nshmem 7\n")
-    assert room_of(tmp_path) == 700
-    (tmp_path / "memory.max").write_text("max\n")
-    assert room_of(tmp_path) == float("inf")
-    (tmp_path / "memory.limit_in_bytes").write_text("2000\n")  # version 1
-    (tmp_path / "memory.usage_in_bytes").write_text("900\n")
-    (tmp_path / "memory.stat").write_text("inactive_file 5\ntotal_inactive_file 50\ntotal_active_file 25\n")
-    assert room_of(tmp_path) == 1175
-    assert room_of(tmp_path / "none") == float("inf")
 
 
 def test_info(llm: LLM) -> None:

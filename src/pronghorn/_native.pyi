@@ -18,9 +18,6 @@ def isa() -> str:
 def available_isas() -> list[str]:
     """The instruction sets that this machine can run, best first."""
 
-def usable_processors() -> int:
-    """How many threads are worth having: the affinity mask and the control group's quota."""
-
 class Pool:
     """Threads that run programs together."""
 

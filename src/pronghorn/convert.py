@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pronghorn._native import Pool, pack, usable_processors
+from pronghorn._native import Pool, pack
 from pronghorn.errors import CheckpointError, ConfigError, ParameterError
+from pronghorn.machine import usable_processors
 from pronghorn.models import Config, Model, Parameter, model_for, model_of
 from pronghorn.models.config import Fields
 from pronghorn.models.positions import llama3

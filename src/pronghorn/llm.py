@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.engine.scheduler import Request, token_array
 from pronghorn.errors import CheckpointError, NoTokenizer, ParameterError, PromptError, PronghornError
 from pronghorn.generation import Chunk, Cost, Generation, Interrupted, Job, Output, Stream
+from pronghorn.machine import free_memory, physical_memory
 from pronghorn.models import Config, Model, model_of
 from pronghorn.ops import KV_DTYPES, PAGE, Runner
 from pronghorn.weights import Checkpoint, ahead, open_checkpoint
@@ -829,53 +829,6 @@ def pages_for(token_bytes: int, context: int, sequences: int, kv_memory: int | N
     if kv_memory < page_bytes:
         raise ParameterError(f"kv_memory is {kv_memory}: {PAGE} tokens alone need {page_bytes} bytes")
     return kv_memory // page_bytes
-
-
-def physical_memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its control group where one sets a limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free: float = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        free = physical_memory() // 2
-    try:
-        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        groups = []  # there are none here
-    for _, controllers, name in groups:
-        if "memory" in controllers.split(","):  # version 1
-            root = Path("/sys/fs/cgroup/memory")
-        elif not controllers:
-            root = Path("/sys/fs/cgroup")
-        else:
-            continue
-        group = root / name.strip().lstrip("/")
-        # In a container, the folder that is seen as the root may be the group itself.
-        free = min(free, *(room_of(folder) for folder in [group, *group.parents]))
-    room = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if room != resource.RLIM_INFINITY and (statm := Path("/proc/self/statm")).exists():
-        free = min(free, room - int(statm.read_text().split()[0]) * resource.getpagesize())
-    return max(int(free), 0)
-
-
-def room_of(group: Path) -> float:
-    """Bytes that a control group may still take: what it holds of files can be read again, and counts as free."""
-    for limit, usage, names in (
-        ("memory.max", "memory.current", ("active_file", "inactive_file")),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),  # version 1
-    ):
-        try:
-            room, held = (int((group / name).read_text()) for name in (limit, usage))
-            lines = map(str.split, (group / "memory.stat").read_text().splitlines())
-            return room - held + sum(int(size) for name, size in lines if name in names)
-        except (OSError, ValueError):  # the root has no limit, nor has "max"
-            pass
-    return math.inf
 
 
 def kv_dtype_for(weights: Mapping[str, Matrix | Unquantized]) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pronghorn._native import ReadAhead, checksum, usable_processors
+from pronghorn._native import ReadAhead, checksum
 from pronghorn.errors import PronghornError
+from pronghorn.machine import usable_processors
 from pronghorn.weights.files import fail, map_file
 
 MOST_THREADS = 8

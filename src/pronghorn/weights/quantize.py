@@ -132,7 +132,7 @@ def prepare(
     data = {name: tensors[name].data for name in plan if how(parameters[name], tensors[name], plan[name]) == "mapped"}
     todo = {name: packed_bytes(parameters[name], plan[name]) for name in plan if name not in data}
     if todo:
-        from pronghorn._native import usable_processors
+        from pronghorn.machine import usable_processors
 
         jobs = Jobs(parameters, tensors, plan, todo, threads or usable_processors())
         data |= jobs.in_memory() if not keep or sum(todo.values()) <= SMALL else jobs.cached(checkpoint, dtype)
