@@ -301,6 +301,7 @@ def bench(
         subject = Subject(checkpoint, described, dtype, threads)
         rows = measure(subject, rounds)
         results += [{"kv_dtype": subject.kv_dtype, "weight_bytes": subject.weight_bytes, **row} for row in rows]
+        del subject  # before the next one: there was room for each, and not for two
     return {
         "pronghorn": __version__,
         "model": str(checkpoint.path),
