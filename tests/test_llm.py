@@ -322,6 +322,17 @@ def test_what_a_closed_stream_had(llm: LLM) -> None:
     assert done.output().finish_reason == "length"
 
 
+def test_what_was_held_back_comes_when_it_is_closed(llm: LLM) -> None:
+    """The beginning of a stop string, or of a character: the text is that of the tokens."""
+    whole = llm.generate("hello", SamplingParams(max_tokens=8, ignore_eos=True, temperature=1, seed=5))
+    stream = llm.stream("hello", SamplingParams(ignore_eos=True, temperature=1, seed=5, stop=[whole.text + "never"]))
+    chunks = [next(stream) for _ in range(8)]
+    assert "".join(chunk.text for chunk in chunks) == ""
+    stream.close()
+    out = stream.output()
+    assert (out.finish_reason, out.token_ids, out.text) == ("cancelled", whole.token_ids, whole.text)
+
+
 def test_what_is_no_prompt(llm: LLM) -> None:
     for prompt in (b"abc", bytearray(b"a"), [1.0, 2.0], 5, None, {1: 2}, [2**40], [None], [b"ab"], iter([1]), [1, "a"]):
         with pytest.raises(PromptError, match="the prompt is"):
@@ -522,6 +533,15 @@ def test_closed_and_forked(tiny: Path) -> None:
         next(stream)
     with pytest.raises(PronghornError, match="closed"):
         llm.generate("a")
+
+
+def test_the_rank_is_of_no_concern_to_one_process(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in ("", "x", "7"):
+        monkeypatch.setenv("RANK", rank)
+        with LLM(tiny, threads=1) as llm:
+            assert llm.generate("a", SamplingParams(max_tokens=1)).token_ids
+        with pytest.raises(ParameterError, match=f"RANK is '{rank}' in the environment: expected a number from 0 to 1"):
+            LLM(tiny, device="torch:cpu", tensor_parallel=2)
 
 
 def test_an_unknown_instruction_set_is_one_line(tiny: Path) -> None:

@@ -99,10 +99,11 @@ class LLM:
 
         threads = None if threads is None else int(threads)
         ranked, parameters, self._group = self.model, self.model.parameters(), None
-        part = int(os.environ.get("RANK", "0")), tensor_parallel  # of the model, that this process has
+        part = 0, 1  # of the model, that this process has
         if tensor_parallel > 1:
             from pronghorn import parallel
 
+            part = own_rank(tensor_parallel), tensor_parallel
             ranked = parallel.local_model(self.model, tensor_parallel)
             parameters, tensors = parallel.divided(parameters, tensors, *part)
         runs_ahead = None
@@ -424,7 +425,8 @@ class LLM:
             except NoPages:
                 if not self._n_reading:  # who ends soon
                     raise
-                return []
+        time.sleep(0.001)  # without the lock, which the reader wants
+        return []
 
     def drive(self, driver: Driver) -> bool:
         """Leaves the steps to a driver from now on; False if there is one."""
@@ -721,6 +723,14 @@ def check_options(
         raise ParameterError(f"draft is {draft!r}: expected {DRAFTS}")
     if kv_memory is not None:
         whole("kv_memory", kv_memory, 1, sys.maxsize)
+
+
+def own_rank(n_ranks: int) -> int:
+    """Which rank this process is: torchrun says it. ParameterError where that is none of them."""
+    text = os.environ.get("RANK", "0")
+    if text.isascii() and text.isdecimal() and int(text) < n_ranks:
+        return int(text)
+    raise ParameterError(f"RANK is {text!r} in the environment: expected a number from 0 to {n_ranks - 1}")
 
 
 def open_model(model: str | Path | None) -> Checkpoint:
