@@ -14,6 +14,7 @@ import pytest
 
 import houses
 from pronghorn import _native
+from pronghorn.convert import convert
 from pronghorn.errors import CheckpointError
 from pronghorn.models import model_for
 from pronghorn.ops.cpu import CpuRunner
@@ -259,6 +260,23 @@ def test_a_changed_source_is_packed_anew(checkpoint_folder: Path, tmp_path: Path
     prepared(checkpoint_folder, "int8")
     (new,) = files(tmp_path / "cache")
     assert new != old
+
+
+@pytest.mark.parametrize(("small", "sizes"), [(1 << 20, [1]), (0, [3])])
+def test_small_conversions_start_no_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int, sizes: list[int]
+) -> None:
+    """Such as those of a bf16 model's norms, at each start."""
+    monkeypatch.setattr(quantize, "SMALL", small)
+    monkeypatch.setenv("PRONGHORN_CACHE", str(tmp_path / "cache"))
+    convert(save("llama-gqa", tmp_path), tmp_path / "half", "bf16")
+    made: list[int] = []
+    monkeypatch.setattr(_native, "Pool", lambda n, pool=_native.Pool: made.append(n) or pool(n))
+    checkpoint = open_checkpoint(tmp_path / "half")
+    model = model_for(checkpoint.config)
+    prepared = quantize.prepare(checkpoint, model.parameters(), model.resolve(checkpoint.tensors), "auto", threads=3)
+    assert {w.dtype for w in prepared.values() if isinstance(w, Dense)} == {"f32", "bf16"}
+    assert made == sizes
 
 
 def test_each_dtype_has_its_own_file(checkpoint_folder: Path, tmp_path: Path) -> None:

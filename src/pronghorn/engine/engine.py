@@ -106,7 +106,7 @@ class Engine:
         """Queues a request, once checked; `step` brings it forward, until `request.finish_reason` says why it ended."""
         self.check(request)
         params = request.params
-        ends = [token_id for token_id in request.stop_ids if token_id < self.vocabulary]  # configurations name others too
+        ends = [index for index in request.stop_ids if index < self.vocabulary]  # configurations name others, too
         request.sampler = sampler(params, request.seed, ends)
         n_new = self.context if params.max_tokens is None else params.max_tokens
         request.limit = min(self.context, request.n_prompt + n_new)

@@ -134,8 +134,9 @@ def prepare(
     if todo:
         from pronghorn.machine import usable_processors
 
-        jobs = Jobs(parameters, tensors, plan, todo, threads or usable_processors())
-        data |= jobs.in_memory() if not keep or sum(todo.values()) <= SMALL else jobs.cached(checkpoint, dtype)
+        few = sum(todo.values()) <= SMALL  # such as norms: to start threads would take longer than they do
+        jobs = Jobs(parameters, tensors, plan, todo, 1 if few else threads or usable_processors())
+        data |= jobs.in_memory() if few or not keep else jobs.cached(checkpoint, dtype)
     return {name: weight(parameters[name], plan[name], data[name]) for name in plan}
 
 
