@@ -449,7 +449,7 @@ def test_a_full_disk_leaves_nothing(
     if function == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     else:
-        monkeypatch.setattr(writing, "_write", full)
+        monkeypatch.setattr(writing, "write_all", full)
     with pytest.raises(CheckpointError, match=rf"{destination}.*: No space left on device$"):
         convert(wide, tmp_path / destination)
     assert list(tmp_path.iterdir()) == []

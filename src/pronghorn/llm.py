@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 
 from pronghorn.engine.engine import Engine, NoPages, Stats
 from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
@@ -93,8 +93,11 @@ class LLM:
             raise ParameterError(f"draft is {draft!r}: drafts need the cache, which use_cache=False does without")
         self._checkpoint = open_model(model)
         self.path = self._checkpoint.path
-        source = self._checkpoint.tokenizer
-        self._tokenizer = Tried(lambda: load_tokenizer(source))
+        self._tokenizer: Tokenizer | PronghornError
+        try:
+            self._tokenizer = load_tokenizer(self._checkpoint.tokenizer)
+        except PronghornError as error:  # for whoever asks: without a tokenizer, ids in, ids out goes on
+            self._tokenizer = error
         self.model, tensors = model_of(self._checkpoint)
 
         threads = None if threads is None else int(threads)
@@ -177,7 +180,9 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises CheckpointError where the model's files have none, or a damaged one."""
-        return self._tokenizer.get()
+        if isinstance(self._tokenizer, PronghornError):
+            raise self._tokenizer
+        return self._tokenizer
 
     @overload
     def generate(  # type: ignore[overload-overlap]
@@ -564,7 +569,8 @@ class LLM:
 
                 tokenizer = self.tokenizer
                 size = max(self.model.config.vocab_size, tokenizer.vocab_size)
-                self._vocabulary = Vocabulary(tokenizer.to_json(), size, tokenizer.eos_ids)
+                ends = [index for index in tokenizer.eos_ids if index < size]  # configurations name others, too
+                self._vocabulary = Vocabulary(tokenizer.to_json(), size, ends)
             return self._vocabulary
 
 
@@ -654,24 +660,6 @@ def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM, 
 
 
 T = TypeVar("T")
-
-
-class Tried(Generic[T]):
-    """What a function gave, or its error for whoever asks: without a tokenizer, ids in, ids out goes on."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        self._value: T
-        self._error: PronghornError | None = None
-        try:
-            self._value = function()
-        except PronghornError as error:
-            self._error = error
-
-    def get(self) -> T:
-        """The value."""
-        if self._error:
-            raise self._error
-        return self._value
 
 
 def as_stream(job: Job) -> Job:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from pronghorn.errors import CheckpointError
 
@@ -70,19 +71,41 @@ def map_file(path: Path) -> memoryview:
         fail(path, error.strerror or str(error))
 
 
+@contextmanager
+def replacing(path: Path, size: int) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when it is complete and on the disk, and leaves nothing behind if not."""
+    import tempfile
+
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    try:
+        with os.fdopen(fd, "w+b", buffering=0) as file:
+            # Where the system can, space is taken now: a full disk is an error here, not a signal in a mapping later.
+            getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))(fd, 0, size)
+            yield file
+            os.fsync(fd)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # noqa: PTH101 (mkstemp's are for the owner alone)
+        os.replace(name, path)  # noqa: PTH105
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)  # noqa: PTH108
+        raise
+
+
+def write_all(file: IO[bytes], data: bytes | bytearray | memoryview) -> None:
+    """Writes to a file without a buffer, which may take less than all at once."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        view = view[file.write(view) :]
+
+
 def put_file(path: Path, data: bytes) -> None:
     """Puts a whole file in its place, or none: a full or read-only disk only means that it is made again next time."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with replacing(path, len(data)) as file:
+            write_all(file, data)
 
 
 def read_json(path: Path, limit: int = 100_000_000) -> dict[str, Any]:

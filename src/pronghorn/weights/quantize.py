@@ -256,7 +256,7 @@ class Jobs:
             return self.in_memory()
         # What the same source became earlier, and what a process that was killed has left.
         with suppress(OSError):  # another process may be about to rename what it has written, or do the same
-            abandoned = [file for file in folder.glob("writing-*") if time.time() - file.stat().st_mtime > 3600]
+            abandoned = [file for file in folder.glob(".writing-*") if time.time() - file.stat().st_mtime > 3600]
             for old in [*folder.glob(f"{place}-{dtype}-*.safetensors"), *abandoned]:
                 if old != path:
                     old.unlink(missing_ok=True)
@@ -291,9 +291,9 @@ class Jobs:
         """Converts all into a file of this name. OSError if the folder or the disk does not take it."""
         import json
         import mmap
-        import tempfile
 
         from pronghorn._native import ReadAhead
+        from pronghorn.weights.files import replacing
 
         header: dict[str, Any] = {"__metadata__": {"pronghorn": str(FORMAT), "checksum": "0" * 16}}
         end = 0
@@ -303,23 +303,13 @@ class Jobs:
         text = json.dumps(header)
         text += " " * (-(8 + len(text)) % ALIGNMENT)
         start = 8 + len(text)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix="writing-")
-        try:
-            # Where the system can, space is taken now: a full disk is an error here, not a signal later.
-            getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))(fd, 0, start + end)
-            view = memoryview(mmap.mmap(fd, start + end))
+        with replacing(path, start + end) as file:
+            view = memoryview(mmap.mmap(file.fileno(), start + end))
             for name in self.progress():
                 begin = start + header[name]["data_offsets"][0]
                 self.convert(name, view[begin : begin + self.sizes[name]])
             text = text.replace("0" * 16, f"{ReadAhead(view[start:], True, self.threads - 1).finish():016x}", 1)
             view[:start] = len(text).to_bytes(8, "little") + text.encode()
-            os.fsync(fd)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink()
-            raise
-        finally:
-            os.close(fd)
 
     def progress(self) -> Iterable[str]:
         """The names of all, with a bar on a terminal's standard error if they take over a second."""
