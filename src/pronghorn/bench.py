@@ -259,9 +259,14 @@ def default_dtypes(checkpoint: Checkpoint, model: Model) -> list[str]:
     return fitting
 
 
+def names_of(text: str) -> list[str]:
+    """A list on the command line, such as "f32,int8"."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
 def dtypes_of(text: str) -> list[str]:
-    """A list on the command line, such as "f32,int8", each checked."""
-    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    """The same, each checked."""
+    names = names_of(text)
     for name in names:
         check_options(name)
     return names

@@ -14,7 +14,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pronghorn import __version__
@@ -455,16 +454,13 @@ def text_of(given: str | None, file: str | None, what: str = "a text") -> str:
         return given or ""
     if not file:
         raise PromptError("--prompt-file is '': expected a file, or - for standard input")
+    from pronghorn.weights.files import read_text, unreadable
+
     try:
-        text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
+        text = sys.stdin.buffer.read().decode() if file == "-" else read_text(file)
     except (OSError, UnicodeDecodeError) as error:
-        raise unreadable("standard input" if file == "-" else file, error) from None
+        raise unreadable("standard input", error) from None
     return text.removesuffix("\n").removesuffix("\r")
-
-
-def unreadable(name: str, error: OSError | UnicodeDecodeError) -> PromptError:
-    """What to raise for a file that cannot be read, or is no text."""
-    return PromptError(f"{name}: {error.strerror if isinstance(error, OSError) else error}")
 
 
 def messages_of(system: str | None, user: str) -> list[dict[str, str]]:
@@ -570,6 +566,8 @@ def ask(interactive: bool) -> str | None:
     except EOFError:
         return None
     except (OSError, UnicodeDecodeError) as error:
+        from pronghorn.weights.files import unreadable
+
         raise unreadable("standard input", error) from None
 
 

@@ -26,13 +26,12 @@ from pronghorn.models import Config, Model, Parameter, model_for, model_of
 from pronghorn.models.config import Fields
 from pronghorn.models.positions import llama3
 from pronghorn.text import export
-from pronghorn.weights import Checkpoint, gguf, open_source
+from pronghorn.weights import Checkpoint, files, gguf, open_source
 from pronghorn.weights.files import fail, shown
 from pronghorn.weights.quantize import plain
-from pronghorn.weights.types import DTYPES, Tensor
+from pronghorn.weights.types import DENSE, DTYPES, Tensor
 from pronghorn.weights.writing import QUANTIZED, Part, quantize, write_gguf, write_safetensors
 
-DENSE = ("f32", "f16", "bf16")
 TYPES = ("auto", *DENSE, *QUANTIZED)
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "bf16": 32}
 """`general.file_type` (llama.cpp's LLAMA_FTYPE)."""
@@ -194,15 +193,8 @@ def flat(array: NDArray[Any]) -> memoryview:
 
 
 def progress(parts: Iterable[Part]) -> Iterable[Part]:
-    """The parts, with a bar on a terminal's standard error if they take over a second."""
-    from tqdm import tqdm
-
-    parts = list(parts)
-    total = sum(part.nbytes for part in parts)
-    with tqdm(total=total, desc="converting", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-        for part in parts:
-            yield part
-            bar.update(part.nbytes)
+    """The parts, as they are written."""
+    return files.progress(((part, part.nbytes) for part in parts), "converting")
 
 
 # A folder in Hugging Face's layout ----------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
-from pronghorn.errors import CheckpointError
+from pronghorn.errors import CheckpointError, PromptError
+
+T = TypeVar("T")
 
 # What a file that is not what it should be turns out to be, by its first bytes.
 _SIGNATURES = (
@@ -106,6 +108,31 @@ def put_file(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, len(data)) as file:
             write_all(file, data)
+
+
+def read_text(file: str) -> str:
+    """The text of a file that a user has named. PromptError for one that cannot be read, or is no UTF-8."""
+    try:
+        return Path(file).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(file, error) from None
+
+
+def unreadable(name: str, error: OSError | UnicodeDecodeError) -> PromptError:
+    """What to raise for a file that cannot be read, or is no text."""
+    return PromptError(f"{name}: {error.strerror if isinstance(error, OSError) else error}")
+
+
+def progress(sizes: Iterable[tuple[T, int]], what: str) -> Iterator[T]:
+    """Things of these sizes in bytes, with a bar on a terminal's standard error if they take over a second."""
+    from tqdm import tqdm
+
+    sizes = list(sizes)
+    total = sum(size for _, size in sizes)
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1, disable=None) as bar:
+        for thing, size in sizes:
+            yield thing
+            bar.update(size)
 
 
 def read_json(path: Path, limit: int = 100_000_000) -> dict[str, Any]:

@@ -255,8 +255,6 @@ def fetch(url: str, path: Path) -> None:
                     raise Unreachable(f"{url}: {error}") from None
                 reason = str(error)
             except urllib.error.URLError as error:
-                if isinstance(error.reason, OSError) and error.reason.errno == 28:
-                    raise
                 reason = str(error.reason)
             except (http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
                 reason = str(error) or type(error).__name__

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pronghorn.errors import CheckpointError
-from pronghorn.weights.types import DTYPES, Dense, Int4, Int8, Made, Matrix, Tensor, Unquantized
+from pronghorn.weights.types import DENSE, DTYPES, Dense, Int4, Int8, Made, Matrix, Tensor, Unquantized
 
 if TYPE_CHECKING:
     from pronghorn._native import Pool
@@ -78,7 +78,7 @@ def target_of(parameter: Parameter, tensor: Tensor, dtype: str, head: bool = Fal
     """The form that `dtype` ("auto": the file's own; or a draft's name) gives to one weight."""
     if parameter.kind == "vector":
         return Target("f32")
-    own = tensor.dtype if tensor.dtype in ("f32", "f16", "bf16") else "f32"
+    own = tensor.dtype if tensor.dtype in DENSE else "f32"
     if parameter.kind == "table":
         return Target(dtype if dtype in DTYPES else own)
     block = BLOCKS.get(tensor.dtype) or FORMATS.get(tensor.dtype)
@@ -147,7 +147,7 @@ def unquantized(
     found: dict[str, Unquantized] = {}
     for name, parameter in parameters.items():
         tensor, target = tensors[name], target_of(parameter, tensors[name], dtype, name in heads)
-        if target.format in QUANTIZED and tensor.dtype in ("f32", "f16", "bf16") and not isinstance(tensor, Made):
+        if target.format in QUANTIZED and tensor.dtype in DENSE and not isinstance(tensor, Made):
             source = Dense(tensor.data, tensor.dtype, parameter.shape, parameter.transposed)
             found[name] = Unquantized(source, tensor.name, *target, packed_bytes(parameter, target))
     return found
@@ -228,8 +228,10 @@ class Jobs:
         """All of them, in memory of this process."""
         import mmap
 
+        from pronghorn.weights.files import progress
+
         results = {name: memoryview(mmap.mmap(-1, size)) for name, size in self.sizes.items()}
-        names = self.sizes if sum(self.sizes.values()) <= SMALL else self.progress()
+        names = self.sizes if sum(self.sizes.values()) <= SMALL else progress(self.sizes.items(), "packing")
         for name in names:
             self.convert(name, results[name])
         return results
@@ -293,7 +295,7 @@ class Jobs:
         import mmap
 
         from pronghorn._native import ReadAhead
-        from pronghorn.weights.files import replacing
+        from pronghorn.weights.files import progress, replacing
 
         header: dict[str, Any] = {"__metadata__": {"pronghorn": str(FORMAT), "checksum": "0" * 16}}
         end = 0
@@ -305,21 +307,11 @@ class Jobs:
         start = 8 + len(text)
         with replacing(path, start + end) as file:
             view = memoryview(mmap.mmap(file.fileno(), start + end))
-            for name in self.progress():
+            for name in progress(self.sizes.items(), "packing"):
                 begin = start + header[name]["data_offsets"][0]
                 self.convert(name, view[begin : begin + self.sizes[name]])
             text = text.replace("0" * 16, f"{ReadAhead(view[start:], True, self.threads - 1).finish():016x}", 1)
             view[:start] = len(text).to_bytes(8, "little") + text.encode()
-
-    def progress(self) -> Iterable[str]:
-        """The names of all, with a bar on a terminal's standard error if they take over a second."""
-        from tqdm import tqdm
-
-        total = sum(self.sizes.values())
-        with tqdm(total=total, desc="packing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-            for name, size in self.sizes.items():
-                yield name
-                bar.update(size)
 
 
 def notice(text: str) -> None:
