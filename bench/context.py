@@ -27,6 +27,7 @@ from pronghorn.engine.sampling import SamplingParams
 from pronghorn.engine.scheduler import Request
 from pronghorn.errors import PronghornError
 from pronghorn.llm import STEP_TOKENS, bytes_read, check_options, kv_bytes, open_model
+from pronghorn.machine import usable_processors
 from pronghorn.models import model_for
 from pronghorn.ops import PAGE
 from pronghorn.ops.cpu import CpuRunner
@@ -116,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     try:
-        place = machine(args.threads or _native.usable_processors())
+        place = machine(args.threads or usable_processors())
         print(f"{place['processor']}, {place['isa']}, {place['threads']} threads; load before: {place['load']}")
         columns = f"{f'at {SHORT}':>9} {f'at {args.context}':>9} {'ms more':>8} {'MB more':>8} {'read':>6} explained"
         print(f"{'dtype':6} {'KV':5} {columns}")

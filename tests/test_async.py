@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,28 @@ def test_a_fault_of_a_step_ends_what_ran_and_no_more(llm: LLM, monkeypatch: pyte
             assert all_free(llm)
 
     asyncio.run(main())
+
+
+def test_whoever_waits_for_pages_that_a_reader_holds_does_not_spin(llm: LLM) -> None:
+    assert llm._engine
+    pool = llm._engine.pool
+    held = pool.take(pool.n_free)
+    assert held
+    llm._n_reading += 1  # as in the middle of `logits`
+
+    async def main() -> None:
+        async with AsyncLLM(llm) as engine:
+            stream = await engine.submit("hello", SamplingParams(max_tokens=3, ignore_eos=True))
+            before, started = engine._n_rounds, time.perf_counter()
+            await asyncio.sleep(0.3)
+            n_rounds, seconds = engine._n_rounds - before, time.perf_counter() - started
+            pool.release(held)
+            llm._n_reading -= 1
+            assert 1 <= n_rounds <= 2 + seconds / 0.001
+            assert sum([len(chunk.token_ids) async for chunk in stream]) == 3
+
+    asyncio.run(main())
+    assert all_free(llm)
 
 
 def test_the_switch_interval_is_shorter_while_it_is_open(llm: LLM) -> None:

@@ -144,6 +144,20 @@ def test_what_is_there_is_not_done_again(llm: LLM, tmp_path: Path) -> None:
         assert read(target) == by_line
 
 
+def test_an_id_that_cannot_be_written_is_refused(llm: LLM, tmp_path: Path) -> None:
+    """It would be written as another one, with which the file could not be gone on with."""
+    source = write(
+        tmp_path / "in",
+        ['{"prompt": "a", "id": "\\ud800", "max_tokens": 2}', '{"prompt": "a", "id": NaN}', chat("\ud800"), chat("c")],
+    )
+    assert run(llm, source, tmp_path / "out", {}) == (4, 3)
+    found = read(tmp_path / "out")
+    for number, name in ((1, "id"), (2, "id"), (3, "custom_id")):
+        assert found[number]["error"]["message"] == f"line {number}: {name} is nothing that can be written"
+        assert "id" not in found[number]
+    assert run(llm, source, tmp_path / "out", {}) == (0, 0)
+
+
 def test_another_files_results_are_refused(llm: LLM, tmp_path: Path) -> None:
     source = write(tmp_path / "in", [{"prompt": "a", "id": 1, "max_tokens": 1}, {"prompt": "b", "max_tokens": 1}])
     for i, (text, message) in enumerate(

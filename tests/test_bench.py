@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import importlib.util
 import json
 import mmap
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,21 @@ def test_short_context(tmp_path: Path) -> None:
     found = bench.bench(save_tiny(tmp_path / "short", max_position_embeddings=12), ["f32"], rounds=1)
     sizes = [(row["kind"], row.get("tokens")) for row in found["results"]]
     assert ("prompt", 11) in sizes
+
+
+def test_one_dtype_at_a_time_is_in_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[bench.Subject] = weakref.WeakSet()
+
+    class Counted(bench.Subject):
+        def __init__(self, *args: Any) -> None:
+            gc.collect()
+            assert not alive
+            super().__init__(*args)
+            alive.add(self)
+
+    monkeypatch.setattr(bench, "Subject", Counted)
+    monkeypatch.setattr(bench, "measure", lambda subject, rounds: [{}])
+    assert len(bench.bench(model, ["f32", "int8", "int4"], threads=1)["results"]) == 3
 
 
 def test_regions_are_the_mapping_itself() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from pronghorn import LLM, SamplingParams, __version__
-from pronghorn.cli import main, size, size_of
+from pronghorn.cli import COMMANDS, main, parser, size, size_of
 from pronghorn.engine.engine import Engine
 from pronghorn.engine.scheduler import Request
 from tiny import STORY, save_tiny
@@ -252,6 +253,21 @@ def test_help_and_version(cli: Cli) -> None:
     assert all(option in out for option in (options + "--ignore-eos --device --json").split())
 
 
+def test_a_command_is_parsed_without_the_others() -> None:
+    """Whose options would take longer to be described than the rest of a start's Python; the help is the same."""
+
+    def commands(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+        (found,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
+        return dict(found.choices)
+
+    for first in ("", "--help", "nothing"):
+        assert list(commands(parser(first))) == list(COMMANDS)
+    for name, whole in commands(parser()).items():
+        ((only, alone),) = commands(parser(name)).items()
+        assert (only, alone.format_help()) == (name, whole.format_help())
+        assert alone.get_default("command") == COMMANDS[name][0]
+
+
 def test_sizes() -> None:
     assert [size(text) for text in ("5", "5K", "5m", "5G")] == [5, 5 << 10, 5 << 20, 5 << 30]
     for text in ("", "K", "1KB", "-1", "1.5G", "1_0"):
@@ -411,8 +427,8 @@ def test_text_is_utf_8_in_any_locale(model: str) -> None:
 
 
 ROAD = """
-_native cli engine engine.engine engine.pace engine.pages engine.sampling engine.scheduler errors generation llm models
-models.base models.config models.llama models.positions ops ops.cpu text text.fast text.stream text.tokenizer
+_native cli engine engine.engine engine.pace engine.pages engine.sampling engine.scheduler errors generation llm machine
+models models.base models.config models.llama models.positions ops ops.cpu text text.fast text.stream text.tokenizer
 weights weights.ahead weights.files weights.hub weights.quantize weights.safetensors weights.types
 """
 HEAVY = """

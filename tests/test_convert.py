@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pronghorn.cli import main
 from pronghorn.convert import convert, row_order
 from pronghorn.errors import CheckpointError, ParameterError, PronghornError
 from pronghorn.models import model_for
+from pronghorn.quantize import quantize
 from pronghorn.text import open_tokenizer
 from pronghorn.text.export import SAMPLES
 from pronghorn.weights import TokenizerSource, open_checkpoint, writing
@@ -375,12 +377,65 @@ def test_mistakes(wide: Path, tmp_path: Path) -> None:
     assert open_checkpoint(wide).tensors
 
 
+def test_the_source_is_not_replaced(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a folder that it lies in: however both are spelled, and where links lead to it."""
+    models, files = tmp_path / "models", tmp_path / "files"
+    shutil.copytree(wide, models / "m")
+    shutil.copytree(wide, models / "linked")
+    files.mkdir()
+    for name in ("model.safetensors", "config.json"):  # as the Hub's cache has them
+        (models / "linked" / name).rename(files / name)
+        (models / "linked" / name).symlink_to(files / name)
+    (tmp_path / "link").symlink_to(models / "m")
+    (models / "other").symlink_to(files)
+    monkeypatch.chdir(tmp_path)
+    for source, destination in (
+        ("models/m", f"{tmp_path}/models/m"), (f"{tmp_path}/models/m", "models"), ("models/m", "models"),
+        ("models/m", "./models/../models/m"), ("models/../models/m", tmp_path), ("link", "models"),
+        ("link", "models/m"), ("models/m", "link"), ("models/linked", f"{tmp_path}/models/linked"),
+        ("models/linked", "files"), ("models/other", models), ("models/m/model.safetensors", "models"),
+    ):  # fmt: skip
+        for write in (convert, quantize):
+            with pytest.raises(ParameterError, match="is the source itself"):
+                write(source, destination, force=True)
+    assert open_checkpoint(models / "m").tensors
+    monkeypatch.chdir(models / "linked")
+    convert("../m", "../new")
+    convert("../m", "../new", force=True)
+    assert open_checkpoint(models / "new").tensors
+
+
 def test_force_replaces_a_folder(wide: Path, tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "old").write_text("")
     convert(wide, tmp_path / "hf", force=True)
     assert not (tmp_path / "hf" / "old").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_force_replaces_a_link_and_not_what_it_leads_to(wide: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "old").write_text("")
+    (tmp_path / "hf").symlink_to(tmp_path / "kept")
+    convert(wide, tmp_path / "hf", force=True)
+    assert open_checkpoint(tmp_path / "hf").tensors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "kept"]
+    assert (tmp_path / "kept" / "old").exists()
+
+
+def test_what_cannot_be_replaced_stays(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "old").write_text("")
+
+    def rename(path: Path, target: Path, original: Callable[[Path, Path], Path] = Path.rename) -> Path:
+        if path.name.startswith(".converting-") and not path.name.endswith("-old"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(CheckpointError, match="hf: Input/output error"):
+        convert(wide, tmp_path / "hf", force=True)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["hf", "hf/old"]
 
 
 @pytest.mark.parametrize("destination", ["m.gguf", "hf"])
@@ -394,7 +449,7 @@ def test_a_full_disk_leaves_nothing(
     if function == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     else:
-        monkeypatch.setattr(writing, "_write", full)
+        monkeypatch.setattr(writing, "write_all", full)
     with pytest.raises(CheckpointError, match=rf"{destination}.*: No space left on device$"):
         convert(wide, tmp_path / destination)
     assert list(tmp_path.iterdir()) == []

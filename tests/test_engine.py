@@ -240,6 +240,14 @@ def test_finish_reasons() -> None:
     assert stop not in output(request)[:20].tolist()
 
 
+def test_an_end_outside_of_the_vocabulary_never_comes() -> None:
+    """generation_config.json may name one; to withhold it is no error."""
+    ids = prompt(5)
+    request = Request(ids, SamplingParams(max_tokens=4, min_tokens=2), [9999])
+    run(engine_of(), [request])
+    assert output(request).tolist() == greedy(ids, 4)
+
+
 def test_what_cannot_run_is_refused() -> None:
     engine = engine_of(n_pages=3, context=500)
     assert engine.context == 96

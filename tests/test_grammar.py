@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from pronghorn import LLM, ParameterError, PronghornError, SamplingParams
-from pronghorn.engine.grammar import Grammar, Masks, Vocabulary
+from pronghorn.engine.grammar import Grammar, Vocabulary
+from pronghorn.engine.grammar import masks as masks_of
 from tiny import EOS, save_tiny
 
 pytest.importorskip("llguidance")
@@ -160,10 +161,10 @@ def test_parameters_are_checked(values: dict[str, Any], message: str) -> None:
         SamplingParams(**values)
 
 
-def test_a_grammar_can_be_walked_back(llm: LLM) -> None:
-    """As for drafts: masks along a run of tokens, then back; a copy goes its own way."""
+def test_a_copy_of_a_grammar_goes_its_own_way(llm: LLM) -> None:
     vocabulary = Vocabulary(llm.tokenizer.to_json(), 258, [EOS])
-    grammar = Grammar(vocabulary, SamplingParams(json_schema=PERSON))
+    first = Grammar(vocabulary, SamplingParams(json_schema=PERSON))
+    grammar = first.copy()
     ids = llm.tokenizer.encode('{"name":"ab","age":7}', add_special=False)
     masks = []
     for token in ids:
@@ -171,7 +172,7 @@ def test_a_grammar_can_be_walked_back(llm: LLM) -> None:
         assert masks[-1][token // 8] >> token % 8 & 1
         grammar.advance(token)
     assert grammar.complete
-    grammar.rollback(len(ids))
+    grammar = first
     for at, token in enumerate(ids[:7]):
         assert grammar.mask() == masks[at]
         grammar.advance(token)
@@ -180,10 +181,14 @@ def test_a_grammar_can_be_walked_back(llm: LLM) -> None:
     assert grammar.mask() == masks[7]
     with pytest.raises(PronghornError, match="structured output"):
         other.advance(ids[0])
-    waiting = Masks[int]().start({1: grammar, 2: other})
-    found = waiting()
+    found = masks_of({1: grammar, 2: other})
     assert found[1] == masks[7]
     assert isinstance(found[2], PronghornError)
+
+
+def test_an_end_outside_of_the_vocabulary_is_none(tmp_path: Path) -> None:
+    with LLM(save_tiny(tmp_path / "model", eos_token_id=[EOS, 9999]), threads=1) as llm:
+        assert llm.generate("a", SamplingParams(max_tokens=9, regex="abc")).text == "abc"
 
 
 def test_without_llguidance(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from pronghorn import (
 )
 from pronghorn.engine import sampling
 from pronghorn.generation import TextStream
-from pronghorn.llm import describe, free_memory, pages_for, room_of
+from pronghorn.llm import describe, pages_for
 from tiny import BOS, EOS, STORY, save_tiny
 
 
@@ -322,6 +322,17 @@ def test_what_a_closed_stream_had(llm: LLM) -> None:
     assert done.output().finish_reason == "length"
 
 
+def test_what_was_held_back_comes_when_it_is_closed(llm: LLM) -> None:
+    """The beginning of a stop string, or of a character: the text is that of the tokens."""
+    whole = llm.generate("hello", SamplingParams(max_tokens=8, ignore_eos=True, temperature=1, seed=5))
+    stream = llm.stream("hello", SamplingParams(ignore_eos=True, temperature=1, seed=5, stop=[whole.text + "never"]))
+    chunks = [next(stream) for _ in range(8)]
+    assert "".join(chunk.text for chunk in chunks) == ""
+    stream.close()
+    out = stream.output()
+    assert (out.finish_reason, out.token_ids, out.text) == ("cancelled", whole.token_ids, whole.text)
+
+
 def test_what_is_no_prompt(llm: LLM) -> None:
     for prompt in (b"abc", bytearray(b"a"), [1.0, 2.0], 5, None, {1: 2}, [2**40], [None], [b"ab"], iter([1]), [1, "a"]):
         with pytest.raises(PromptError, match="the prompt is"):
@@ -524,6 +535,15 @@ def test_closed_and_forked(tiny: Path) -> None:
         llm.generate("a")
 
 
+def test_the_rank_is_of_no_concern_to_one_process(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in ("", "x", "7"):
+        monkeypatch.setenv("RANK", rank)
+        with LLM(tiny, threads=1) as llm:
+            assert llm.generate("a", SamplingParams(max_tokens=1)).token_ids
+        with pytest.raises(ParameterError, match=f"RANK is '{rank}' in the environment: expected a number from 0 to 1"):
+            LLM(tiny, device="torch:cpu", tensor_parallel=2)
+
+
 def test_an_unknown_instruction_set_is_one_line(tiny: Path) -> None:
     code = "from pronghorn.cli import main; raise SystemExit(main(['generate', 'a', '-m', __import__('sys').argv[1]]))"
     environment = {**os.environ, "PRONGHORN_ISA": "abacus", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -578,22 +598,6 @@ def test_kv_memory(tiny: Path) -> None:
     assert "choose a smaller kv_memory" in done.stderr
     assert pages_for(1, 10, 3, None) == 3
     assert pages_for(2**50, 33, 3, None) == 2  # a full context always, whatever is free now
-    assert 2**20 < free_memory() < 2**50
-
-
-def test_a_control_group_counts_no_files(tmp_path: Path) -> None:
-    """What it holds of files makes room when it is wanted."""
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("900\n")
-    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 350\nactive_file 250\nshmem 7\n")
-    assert room_of(tmp_path) == 700
-    (tmp_path / "memory.max").write_text("max\n")
-    assert room_of(tmp_path) == float("inf")
-    (tmp_path / "memory.limit_in_bytes").write_text("2000\n")  # version 1
-    (tmp_path / "memory.usage_in_bytes").write_text("900\n")
-    (tmp_path / "memory.stat").write_text("inactive_file 5\ntotal_inactive_file 50\ntotal_active_file 25\n")
-    assert room_of(tmp_path) == 1175
-    assert room_of(tmp_path / "none") == float("inf")
 
 
 def test_info(llm: LLM) -> None:

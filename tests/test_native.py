@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from pronghorn import _native
+from pronghorn.machine import usable_processors
 
 
 def test_kernels() -> None:
@@ -18,7 +19,7 @@ def test_kernels() -> None:
     program = os.environ.get("PRONGHORN_NATIVE_TESTS")
     if not program:
         pytest.skip("PRONGHORN_NATIVE_TESTS is not set (`make test` builds the native tests and sets it)")
-    command = [program, "--processes", str(_native.usable_processors())]
+    command = [program, "--processes", str(usable_processors())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert ", 0 failed" in done.stdout

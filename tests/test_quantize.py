@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import houses
 from pronghorn import _native
+from pronghorn.convert import convert
 from pronghorn.errors import CheckpointError
 from pronghorn.models import model_for
 from pronghorn.ops.cpu import CpuRunner
@@ -260,6 +262,23 @@ def test_a_changed_source_is_packed_anew(checkpoint_folder: Path, tmp_path: Path
     assert new != old
 
 
+@pytest.mark.parametrize(("small", "sizes"), [(1 << 20, [1]), (0, [3])])
+def test_small_conversions_start_no_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int, sizes: list[int]
+) -> None:
+    """Such as those of a bf16 model's norms, at each start."""
+    monkeypatch.setattr(quantize, "SMALL", small)
+    monkeypatch.setenv("PRONGHORN_CACHE", str(tmp_path / "cache"))
+    convert(save("llama-gqa", tmp_path), tmp_path / "half", "bf16")
+    made: list[int] = []
+    monkeypatch.setattr(_native, "Pool", lambda n, pool=_native.Pool: made.append(n) or pool(n))
+    checkpoint = open_checkpoint(tmp_path / "half")
+    model = model_for(checkpoint.config)
+    prepared = quantize.prepare(checkpoint, model.parameters(), model.resolve(checkpoint.tensors), "auto", threads=3)
+    assert {w.dtype for w in prepared.values() if isinstance(w, Dense)} == {"f32", "bf16"}
+    assert made == sizes
+
+
 def test_each_dtype_has_its_own_file(checkpoint_folder: Path, tmp_path: Path) -> None:
     prepared(checkpoint_folder, "int8")
     prepared(checkpoint_folder, "int4")
@@ -282,6 +301,17 @@ def test_two_processes_may_race(checkpoint_folder: Path, tmp_path: Path) -> None
     racers = [subprocess.Popen(command) for _ in range(3)]
     assert [racer.wait(120) for racer in racers] == [0, 0, 0]
     assert len(files(tmp_path / "cache")) == 1  # and nothing half written beside it
+
+
+def test_what_another_process_renames_meanwhile_is_left_to_it(
+    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def glob(folder: Path, pattern: str, original: Any = Path.glob) -> list[Path]:
+        return [*original(folder, pattern), folder / pattern.replace("*", "gone")]
+
+    monkeypatch.setattr(Path, "glob", glob)
+    first = prepared(checkpoint_folder, "int8")
+    assert same(prepared(checkpoint_folder, "int8"), first)
 
 
 def test_without_room_the_weights_are_kept_in_memory(

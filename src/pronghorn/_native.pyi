@@ -18,9 +18,6 @@ def isa() -> str:
 def available_isas() -> list[str]:
     """The instruction sets that this machine can run, best first."""
 
-def usable_processors() -> int:
-    """How many threads are worth having: the affinity mask and the control group's quota."""
-
 class Pool:
     """Threads that run programs together."""
 
@@ -37,14 +34,10 @@ class KvCache:
     def __init__(self, n_layers: int, n_pages: int, n_kv_heads: int, head_dim: int, format: str, /) -> None: ...
     def copy_page(self, source: int, target: int) -> None:
         """Makes a page equal to another, in all layers. IndexError for one that is not there."""
-    @property
-    def nbytes(self) -> int: ...
 
 class View:
     """Columns of a program's buffer: what recorded operations take and give."""
 
-    @property
-    def width(self) -> int: ...
     def columns(self, begin: int, end: int, /) -> View: ...
 
 class Program:
@@ -88,10 +81,6 @@ class Program:
     ) -> View: ...
     def logits(self, x: View, matrix: int, bias: int, /) -> None: ...
     def finish(self) -> None: ...
-    @property
-    def n_instructions(self) -> int: ...
-    @property
-    def buffer_bytes(self) -> int: ...
     def run(
         self,
         token_ids: Buffer,

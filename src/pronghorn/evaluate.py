@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pronghorn.engine.sampling import SamplingParams, whole
 from pronghorn.errors import ParameterError, PromptError, PronghornError
 from pronghorn.llm import DTYPES, LLM, check_options, check_vocabulary, load_tokenizer, open_model
+from pronghorn.weights.files import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -270,14 +271,6 @@ def cut(
     return found
 
 
-def read_text(file: str) -> str:
-    """The text of a file."""
-    try:
-        return Path(file).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{file}: {error.strerror if isinstance(error, OSError) else error}") from None
-
-
 # Thresholds ---------------------------------------------------------------------------------------------------
 
 
@@ -375,13 +368,10 @@ def draw(figure: Any, found: Mapping[str, Any]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def names_of(text: str) -> list[str]:
-    """A list on the command line, such as "f32,int8"."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
 def run(args: argparse.Namespace) -> None:
     """`pronghorn eval`."""
+    from pronghorn.bench import names_of
+
     models: list[Name] = args.model or [None]
     dtypes, kv_dtypes = names_of(args.dtype), names_of(args.kv_dtype)
     for dtype in dtypes:

@@ -138,7 +138,9 @@ class Generation:
 
     def end(self) -> None:
         """Leaves it at what there is, if it has not finished."""
-        self.finish_reason = self.finish_reason or "cancelled"
+        if not self.finish_reason:
+            self.text += self.stream.finish() if self.stream else ""  # what was held back
+            self.finish_reason = "stop" if self.stream and self.stream.stopped else "cancelled"
         self.last = self.last or time.perf_counter()
         self.first = self.first or self.last
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 
 from pronghorn.engine.engine import Engine, NoPages, Stats
 from pronghorn.engine.sampling import FORMS, SamplingParams, number, whole
 from pronghorn.engine.scheduler import Request, token_array
 from pronghorn.errors import CheckpointError, NoTokenizer, ParameterError, PromptError, PronghornError
 from pronghorn.generation import Chunk, Cost, Generation, Interrupted, Job, Output, Stream
+from pronghorn.machine import free_memory, physical_memory
 from pronghorn.models import Config, Model, model_of
 from pronghorn.ops import KV_DTYPES, PAGE, Runner
 from pronghorn.weights import Checkpoint, ahead, open_checkpoint
@@ -93,16 +93,20 @@ class LLM:
             raise ParameterError(f"draft is {draft!r}: drafts need the cache, which use_cache=False does without")
         self._checkpoint = open_model(model)
         self.path = self._checkpoint.path
-        source = self._checkpoint.tokenizer
-        self._tokenizer = Tried(lambda: load_tokenizer(source))
+        self._tokenizer: Tokenizer | PronghornError
+        try:
+            self._tokenizer = load_tokenizer(self._checkpoint.tokenizer)
+        except PronghornError as error:  # for whoever asks: without a tokenizer, ids in, ids out goes on
+            self._tokenizer = error
         self.model, tensors = model_of(self._checkpoint)
 
         threads = None if threads is None else int(threads)
         ranked, parameters, self._group = self.model, self.model.parameters(), None
-        part = int(os.environ.get("RANK", "0")), tensor_parallel  # of the model, that this process has
+        part = 0, 1  # of the model, that this process has
         if tensor_parallel > 1:
             from pronghorn import parallel
 
+            part = own_rank(tensor_parallel), tensor_parallel
             ranked = parallel.local_model(self.model, tensor_parallel)
             parameters, tensors = parallel.divided(parameters, tensors, *part)
         runs_ahead = None
@@ -176,7 +180,9 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises CheckpointError where the model's files have none, or a damaged one."""
-        return self._tokenizer.get()
+        if isinstance(self._tokenizer, PronghornError):
+            raise self._tokenizer
+        return self._tokenizer
 
     @overload
     def generate(  # type: ignore[overload-overlap]
@@ -424,7 +430,8 @@ class LLM:
             except NoPages:
                 if not self._n_reading:  # who ends soon
                     raise
-                return []
+        time.sleep(0.001)  # without the lock, which the reader wants
+        return []
 
     def drive(self, driver: Driver) -> bool:
         """Leaves the steps to a driver from now on; False if there is one."""
@@ -562,7 +569,8 @@ class LLM:
 
                 tokenizer = self.tokenizer
                 size = max(self.model.config.vocab_size, tokenizer.vocab_size)
-                self._vocabulary = Vocabulary(tokenizer.to_json(), size, tokenizer.eos_ids)
+                ends = [index for index in tokenizer.eos_ids if index < size]  # configurations name others, too
+                self._vocabulary = Vocabulary(tokenizer.to_json(), size, ends)
             return self._vocabulary
 
 
@@ -654,24 +662,6 @@ def check_vocabulary(name: str, checkpoint: Checkpoint, model: Model, llm: LLM, 
 T = TypeVar("T")
 
 
-class Tried(Generic[T]):
-    """What a function gave, or its error for whoever asks: without a tokenizer, ids in, ids out goes on."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        self._value: T
-        self._error: PronghornError | None = None
-        try:
-            self._value = function()
-        except PronghornError as error:
-            self._error = error
-
-    def get(self) -> T:
-        """The value."""
-        if self._error:
-            raise self._error
-        return self._value
-
-
 def as_stream(job: Job) -> Job:
     """A job whose tokens are read as they come. Raises ParameterError for what cannot be streamed."""
     params = job.generations[0].request.params
@@ -721,6 +711,14 @@ def check_options(
         raise ParameterError(f"draft is {draft!r}: expected {DRAFTS}")
     if kv_memory is not None:
         whole("kv_memory", kv_memory, 1, sys.maxsize)
+
+
+def own_rank(n_ranks: int) -> int:
+    """Which rank this process is: torchrun says it. ParameterError where that is none of them."""
+    text = os.environ.get("RANK", "0")
+    if text.isascii() and text.isdecimal() and int(text) < n_ranks:
+        return int(text)
+    raise ParameterError(f"RANK is {text!r} in the environment: expected a number from 0 to {n_ranks - 1}")
 
 
 def open_model(model: str | Path | None) -> Checkpoint:
@@ -829,53 +827,6 @@ def pages_for(token_bytes: int, context: int, sequences: int, kv_memory: int | N
     if kv_memory < page_bytes:
         raise ParameterError(f"kv_memory is {kv_memory}: {PAGE} tokens alone need {page_bytes} bytes")
     return kv_memory // page_bytes
-
-
-def physical_memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its control group where one sets a limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free: float = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        free = physical_memory() // 2
-    try:
-        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        groups = []  # there are none here
-    for _, controllers, name in groups:
-        if "memory" in controllers.split(","):  # version 1
-            root = Path("/sys/fs/cgroup/memory")
-        elif not controllers:
-            root = Path("/sys/fs/cgroup")
-        else:
-            continue
-        group = root / name.strip().lstrip("/")
-        # In a container, the folder that is seen as the root may be the group itself.
-        free = min(free, *(room_of(folder) for folder in [group, *group.parents]))
-    room = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if room != resource.RLIM_INFINITY and (statm := Path("/proc/self/statm")).exists():
-        free = min(free, room - int(statm.read_text().split()[0]) * resource.getpagesize())
-    return max(int(free), 0)
-
-
-def room_of(group: Path) -> float:
-    """Bytes that a control group may still take: what it holds of files can be read again, and counts as free."""
-    for limit, usage, names in (
-        ("memory.max", "memory.current", ("active_file", "inactive_file")),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),  # version 1
-    ):
-        try:
-            room, held = (int((group / name).read_text()) for name in (limit, usage))
-            lines = map(str.split, (group / "memory.stat").read_text().splitlines())
-            return room - held + sum(int(size) for name, size in lines if name in names)
-        except (OSError, ValueError):  # the root has no limit, nor has "max"
-            pass
-    return math.inf
 
 
 def kv_dtype_for(weights: Mapping[str, Matrix | Unquantized]) -> str:

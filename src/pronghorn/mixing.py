@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pronghorn._native import Pool, usable_processors
+from pronghorn._native import Pool
+from pronghorn.machine import usable_processors
 from pronghorn.models import Model
 from pronghorn.ops import PAGE, Batch
 from pronghorn.ops.cpu import CpuRunner

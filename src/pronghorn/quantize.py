@@ -36,13 +36,12 @@ from pronghorn.weights.files import fail, shown
 from pronghorn.weights.gptq import Options, gptq, nearest
 from pronghorn.weights.packing import Array, Floats, pack
 from pronghorn.weights.quantize import FORMATS, Target, packed_bytes, prepare
-from pronghorn.weights.types import Module
+from pronghorn.weights.types import DENSE, Module
 from pronghorn.weights.writing import Part, safetensors_file
 
 if TYPE_CHECKING:
     import argparse
 
-DENSE = ("f32", "f16", "bf16")
 METHODS = ("gptq", "scale", "scale+gptq")
 """What is done with a text: scales of channels (pronghorn.scaling), GPTQ (weights.gptq), or one after the other."""
 MEASURED = 2  # windows that a budget is measured on

@@ -15,7 +15,9 @@ from pronghorn.errors import ParameterError, PromptError, PromptTooLong, Prongho
 from pronghorn.ops import PAGE, Batch, Choice, Chosen, Runner
 
 if TYPE_CHECKING:
-    from pronghorn.engine.grammar import Mask, Masks
+    from concurrent.futures import ThreadPoolExecutor
+
+    from pronghorn.engine.grammar import Mask
     from pronghorn.engine.speculate import Draft, Proposal, Speculator
 
 
@@ -76,7 +78,7 @@ class Engine:
             copy_page=runner.copy_page if use_cache else None,
         )
         self.speculator: Speculator | None = None
-        self._ahead: Masks[Request] | None = None  # who computes masks while the model runs
+        self._ahead: ThreadPoolExecutor | None = None  # who computes masks while the model runs (both without the lock)
         self._timed: dict[Request, float] = {}  # the deadlines of those that have one
         self._n_steps = self._n_generated = 0
 
@@ -106,7 +108,8 @@ class Engine:
         """Queues a request, once checked; `step` brings it forward, until `request.finish_reason` says why it ended."""
         self.check(request)
         params = request.params
-        request.sampler = sampler(params, request.seed, request.stop_ids)
+        ends = [index for index in request.stop_ids if index < self.vocabulary]  # configurations name others, too
+        request.sampler = sampler(params, request.seed, ends)
         n_new = self.context if params.max_tokens is None else params.max_tokens
         request.limit = min(self.context, request.n_prompt + n_new)
         self.scheduler.add(request)
@@ -252,11 +255,13 @@ class Engine:
         grammars = {request: request.grammar for request, n in work if request.grammar and n == request.n_left}
         if not grammars:
             return dict
-        if self._ahead is None:
-            from pronghorn.engine.grammar import Masks
+        from pronghorn.engine.grammar import masks
 
-            self._ahead = Masks()
-        return self._ahead.start(grammars)
+        if self._ahead is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._ahead = ThreadPoolExecutor(1, "pronghorn-masks")
+        return self._ahead.submit(masks, grammars).result
 
     def _expire(self, now: float) -> list[Request]:
         """Ends what has passed its deadline -> these requests. What they have by now they keep."""

@@ -6,15 +6,13 @@ llguidance (the extra `structured`) does the work; here is what of it the engine
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pronghorn.engine.sampling import FORMS
 from pronghorn.errors import ParameterError, PronghornError
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
     from pronghorn.engine.sampling import SamplingParams
 
 SPACE = r"\n? {0,16}"
@@ -47,9 +45,8 @@ class Vocabulary:
 class Grammar:
     """Where a text stands in its form.
 
-    `mask` says what is allowed next, and changes nothing; `advance` takes a token; `rollback` gives the last ones
-    back, so that a run of drafted tokens can be walked through; `copy` is for another text that has begun alike.
-    Any thread may use it, one at a time.
+    `mask` says what is allowed next, and changes nothing; `advance` takes a token; `copy` is for another text that has
+    begun alike. Any thread may use it, one at a time.
     """
 
     def __init__(self, vocabulary: Vocabulary, params: SamplingParams) -> None:
@@ -83,11 +80,6 @@ class Grammar:
         self._matcher.consume_token(token_id)
         self._check()
 
-    def rollback(self, count: int) -> None:
-        """Takes back so many of the last tokens."""
-        self._matcher.rollback(count)
-        self._check()
-
     def copy(self) -> Grammar:
         """Another one that stands here."""
         other = object.__new__(Grammar)
@@ -106,23 +98,6 @@ class Grammar:
 
 
 Key = TypeVar("Key")
-
-
-class Masks(Generic[Key]):
-    """The masks of a step, computed by a thread of their own while the model runs (both without the lock)."""
-
-    def __init__(self) -> None:
-        self._executor: ThreadPoolExecutor | None = None
-
-    def start(self, grammars: dict[Key, Grammar]) -> Callable[[], dict[Key, Mask | PronghornError]]:
-        """Begins -> what waits for the masks, and gives them. An error is for one of them alone."""
-        if not grammars:
-            return dict
-        if self._executor is None:
-            from concurrent.futures import ThreadPoolExecutor
-
-            self._executor = ThreadPoolExecutor(1, "pronghorn-masks")
-        return self._executor.submit(masks, grammars).result
 
 
 def masks(grammars: dict[Key, Grammar]) -> dict[Key, Mask | PronghornError]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pronghorn import _native
 from pronghorn._native import View
 from pronghorn.errors import ConfigError, ParameterError
+from pronghorn.machine import usable_processors
 from pronghorn.ops import KV_DTYPES, Attention, Batch, Choice, Chosen
 from pronghorn.weights.types import Dense, Int4, Int8, Matrix, Module
 
@@ -44,7 +45,7 @@ class CpuRunner:
             raise ConfigError(f"this model does not run on the CPU: {error}") from None
         self.model = model
         self.program = recorder.program
-        self.pool = pool or _native.Pool(threads or _native.usable_processors())
+        self.pool = pool or _native.Pool(threads or usable_processors())
         self.cache = cache or _native.KvCache(cfg.n_layers, n_pages, cfg.n_kv_heads, cfg.head_dim, kv_dtype)
 
     def run(self, batch: Batch) -> memoryview:

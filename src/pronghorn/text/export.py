@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pronghorn.errors import NoTokenizer
 from pronghorn.text import derive, open_tokenizer
 from pronghorn.text.derive import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED
+from pronghorn.text.tokenizer import FILES
 from pronghorn.weights import TokenizerSource
 from pronghorn.weights.files import fail, map_file, read_json, shown
 from pronghorn.weights.writing import Raw
@@ -28,11 +29,6 @@ SAMPLES = (
     " ",
 )
 SPACES = "texts with spaces around them or several in a row are cut in GGUF's way, which is not quite the source's"
-SAVED = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
-"""The files of a folder that tell how its model's text is cut, and where it ends."""
 
 
 def gguf_keys(source: TokenizerSource, vocab_size: int, remarks: list[str]) -> dict[str, Any]:
@@ -55,7 +51,7 @@ def gguf_keys(source: TokenizerSource, vocab_size: int, remarks: list[str]) -> d
     keys = _vocabulary(where, vocab_size)
     adds_bos, adds_eos = _adds(where, tokenizer)
     keys |= {"tokenizer.ggml.add_bos_token": adds_bos, "tokenizer.ggml.add_eos_token": adds_eos}
-    ids = {"bos": tokenizer.bos_id, "eos": next(iter(tokenizer.eos_ids), None), "eot": None}
+    ids = {"bos": tokenizer.bos_id, "eos": next(iter(tokenizer.eos_ids), None)}
     ids["eot"] = next(iter(tokenizer.eos_ids[1:]), None)
     for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
         ids[key] = tokenizer.token_id(tokenizer.special_tokens.get(name, ""))
@@ -82,7 +78,7 @@ def save(source: TokenizerSource, folder: Path) -> Tokenizer | None:
     if source.folder is None:
         return None
     names = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # OpenAI's, which transformers knows by others
-    for name in SAVED:
+    for name in FILES:
         if (path := source.folder / name).is_file():
             (folder / names.get(name, name)).write_bytes(map_file(path))
     for path in sorted(source.folder.glob("additional_chat_templates/*.jinja")):

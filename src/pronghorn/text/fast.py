@@ -34,12 +34,6 @@ _CLASSIFIED = 0x20000  # code points whose classes are asked for; a text with on
 
 _NO_TOKEN = 0xFFFFFFFF
 
-_FILES = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "config.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-    "chat_template.jinja",
-)  # fmt: skip
-
 # What a Tokenizer holds beside its backend.
 _KEPT = ("special_tokens", "chat_templates", "bos_id", "eos_ids", "_skipped", "_before", "_after")
 
@@ -139,7 +133,9 @@ def _key(source: TokenizerSource) -> str | None:
     if (path := getattr(source.gguf, "path", None)) and "tokenizer.ggml.model" in (source.gguf or ()):
         files = [str(path)]
     elif source.folder is not None and source.gguf is None:
-        files = [os.path.join(source.folder, name) for name in _FILES]  # noqa: PTH118 (a start's every millisecond)
+        from pronghorn.text.tokenizer import FILES
+
+        files = [os.path.join(source.folder, name) for name in (*FILES, "config.json")]  # noqa: PTH118 (a start's every millisecond)
         more = source.folder / "additional_chat_templates"
         files += sorted(map(str, more.glob("*.jinja"))) if more.is_dir() else []
     else:

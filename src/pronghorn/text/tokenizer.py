@@ -30,6 +30,12 @@ __all__ = ["StreamDecoder", "Tokenizer", "open_tokenizer", "token_ids"]
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CACHE_FORMAT = 1  # to be raised when derive.py gives another result for the same file
 
+FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
+"""The files of a folder that tell how its model's text is cut, and where it ends."""
+
 _BYTE_LEVEL_CLASSES = {"GPT2Tokenizer": "gpt-2", "CodeGenTokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
 """How text is cut, which vocab.json and merges.txt do not say, by tokenizer_config.json's `tokenizer_class`."""
 

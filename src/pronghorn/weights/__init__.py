@@ -81,10 +81,10 @@ def _open_folder(folder: Path) -> Checkpoint:
     if "model.safetensors" in names:
         return _open_file(folder, folder / "model.safetensors")
     if _INDEX in names:
-        from pronghorn.weights.safetensors import read_index
+        from pronghorn.weights.safetensors import read_index, read_safetensors
 
         config = _config(folder)
-        files, tensors = read_index(folder / _INDEX)
+        files, tensors = read_index(folder / _INDEX, read_safetensors, strict=True)
         return Checkpoint(folder, files, "safetensors", config, tensors, TokenizerSource(folder=folder))
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1:
@@ -103,9 +103,11 @@ def _open_other(folder: Path, names: list[str]) -> Checkpoint | None:
         return _open_file(folder, folder / _TORCH)
     if f"{_TORCH}.index.json" in names:
         from pronghorn.weights import torch
+        from pronghorn.weights.safetensors import read_index
 
         config = _config(folder)
-        files, tensors = torch.read_index(folder / f"{_TORCH}.index.json")
+        index = folder / f"{_TORCH}.index.json"
+        files, tensors = read_index(index, torch.read_torch, strict=False)
         return Checkpoint(folder, files, "torch", config, tensors, source)
     if "params.json" in names and any(name.startswith("consolidated.") for name in names):
         return _open_meta(folder)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pronghorn._native import ReadAhead, checksum, usable_processors
+from pronghorn._native import ReadAhead, checksum
 from pronghorn.errors import PronghornError
+from pronghorn.machine import usable_processors
 from pronghorn.weights.files import fail, map_file
 
 MOST_THREADS = 8
@@ -34,10 +35,12 @@ class Reading:
 
 def begin(model: str | None, dtype: str) -> None:
     """Starts to read the file that these options of a command lead to, if it is there. Its faults are for others."""
-    from pronghorn.weights.hub import cache_folder, default_place
+    from pronghorn.weights.hub import cache_folder, default_place, place
 
     try:
         path = default_place() if model is None else Path(model)
+        if model and not path.exists():
+            path = place(model) or path
         if path.is_dir():
             path /= "model.safetensors"
         if not path.is_file():

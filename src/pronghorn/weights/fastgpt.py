@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pronghorn.weights.files import fail, shown
-from pronghorn.weights.types import DTYPES, Tensor
+from pronghorn.weights.types import DENSE, DTYPES, Tensor
 
 MARK = 0xFA51697
 END = "<|endoftext|>"
@@ -67,7 +67,7 @@ def read_fastgpt(path: Path, raw: Mapping[str, Tensor]) -> tuple[dict[str, Any],
         tensor = raw.get(name)
         if tensor is None:
             wrong(name, "is missing")
-        if tensor.dtype not in ("f32", "f16", "bf16"):
+        if tensor.dtype not in DENSE:
             wrong(name, f"holds {tensor.dtype}, which is no weight here")
         if "*" not in full:
             tensors[full] = tensor._replace(name=full)

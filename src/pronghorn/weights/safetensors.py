@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -129,21 +130,24 @@ def index_files(path: Path, index: dict[str, Any]) -> dict[str, str]:
     return weight_map
 
 
-def read_index(path: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
-    """The shards that a `model.safetensors.index.json` names, and their tensors.
+def read_index(
+    path: Path, read: Callable[[Path, memoryview], dict[str, Tensor]], *, strict: bool
+) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
+    """The shards that a `model.safetensors.index.json`, or PyTorch's, names, and their tensors, as `read` gives them.
 
-    Each tensor of the index must be in the shard that it says, and in no other; a shard holds nothing else.
+    Each tensor of the index must be in the shard that it says. `strict`: it is in no other, and a shard has no more.
     """
     weight_map = index_files(path, read_json(path, HEADER_LIMIT))
     files = tuple(path.parent / shard for shard in sorted(set(weight_map.values())))
     tensors: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in read_safetensors(file, map_file(file)).items():
-            if name in tensors:
+        for name, tensor in read(file, map_file(file)).items():
+            if strict and name in tensors:
                 fail(file, f"tensor {shown(name)}: is in another shard too")
-            if weight_map.get(name) != file.name:
+            if weight_map.get(name) == file.name:
+                tensors[name] = tensor
+            elif strict:
                 fail(file, f"tensor {shown(name)}: {path.name} does not say that it is in this shard")
-            tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors:
             fail(path, f"tensor {shown(name)}: is not in {shown(shard)}, where the index says that it is")

@@ -20,7 +20,8 @@ def sparsity(parameters: Mapping[str, Parameter], tensors: Mapping[str, Tensor])
     """
     import numpy as np
 
-    from pronghorn._native import Pool, pack, usable_processors
+    from pronghorn._native import Pool, pack
+    from pronghorn.machine import usable_processors
 
     pool = Pool(usable_processors())
     n_weights = n_zeros = n_matrices = n_two_of_four = 0

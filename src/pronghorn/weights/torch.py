@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, NoReturn
 
-from pronghorn.weights.files import fail, map_file, read_json, shown
+from pronghorn.weights.files import fail, shown
 from pronghorn.weights.types import DTYPES, Made, Tensor
 
 _STORAGES = {
@@ -384,23 +384,3 @@ def unpickle(path: Path, data: memoryview, at: int = 0, dtypes: dict[str, str] |
         return reader.run(), reader.at
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error, RecursionError, OverflowError):
         reader.wrong("is damaged")
-
-
-# Folders ------------------------------------------------------------------------------------------------------
-
-
-def read_index(path: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
-    """The files that a `pytorch_model.bin.index.json` names, and their tensors."""
-    from pronghorn.weights.safetensors import HEADER_LIMIT, index_files
-
-    weight_map = index_files(path, read_json(path, HEADER_LIMIT))
-    files = tuple(path.parent / name for name in sorted(set(weight_map.values())))
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        for name, tensor in read_torch(file, map_file(file)).items():
-            if weight_map.get(name) == file.name:  # a tensor may be in other files too, and counts where it is said
-                tensors[name] = tensor
-    for name, file_name in weight_map.items():
-        if name not in tensors:
-            fail(path, f"tensor {shown(name)}: is not in {shown(file_name)}, where the index says that it is")
-    return files, tensors

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 DTYPES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
 """Plain element types and their sizes in bytes. GGUF's block formats (`q4_0`, ...) are named beside these."""
 
+DENSE = ("f32", "f16", "bf16")
+"""Those that weights run in as they are."""
+
 
 class Tensor(NamedTuple):
     """A named array as it stands in a mapped file. Nothing is read until it is used.

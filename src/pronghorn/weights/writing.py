@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pronghorn.weights.files import fail
+from pronghorn.weights.files import fail, replacing, write_all
 from pronghorn.weights.gguf import BLOCKS, TENSOR_TYPES
 from pronghorn.weights.safetensors import PACKED
 from pronghorn.weights.types import DTYPES
@@ -51,26 +49,6 @@ Progress = Callable[[Iterable[Part]], Iterable[Part]]
 
 
 @contextmanager
-def replacing(path: Path, size: int) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when it is complete and on the disk, and leaves nothing behind if not."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(fd, "wb", buffering=0) as file:
-            # Where the system can, space is taken now: a full disk is known before the work, not after.
-            getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))(fd, 0, size)
-            yield file
-            os.fsync(fd)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # noqa: PTH101 (mkstemp's are for the owner alone)
-        os.replace(name, path)  # noqa: PTH105
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)  # noqa: PTH108
-        raise
-
-
-@contextmanager
 def safetensors_file(path: Path, parts: Iterable[Part]) -> Iterator[Callable[[Part, memoryview], None]]:
     """One safetensors file of these tensors, whole or not at all -> what takes a tensor's data, in any order.
 
@@ -95,9 +73,9 @@ def safetensors_file(path: Path, parts: Iterable[Part]) -> Iterator[Callable[[Pa
 
         def put(part: Part, data: memoryview) -> None:
             file.seek(8 + len(text) + header[part.name]["data_offsets"][0])
-            _write(file, _bytes_of(path, part, data))
+            write_all(file, _bytes_of(path, part, data))
 
-        _write(file, struct.pack("<Q", len(text)) + text)
+        write_all(file, struct.pack("<Q", len(text)) + text)
         yield put
 
 
@@ -121,22 +99,16 @@ def write_gguf(path: Path, keys: Mapping[str, Any], parts: list[Part], progress:
         out += _string(part.name) + dims + struct.pack("<IQ", numbers[part.dtype], begin)
     out += bytes(-len(out) % GGUF_ALIGNMENT)
     with replacing(path, len(out) + end) as file:
-        _write(file, out)
+        write_all(file, out)
         for part in progress(parts):
-            _write(file, _bytes_of(path, part, part.make()))
-            _write(file, bytes(-part.nbytes % GGUF_ALIGNMENT))
+            write_all(file, _bytes_of(path, part, part.make()))
+            write_all(file, bytes(-part.nbytes % GGUF_ALIGNMENT))
 
 
 def _bytes_of(path: Path, part: Part, data: memoryview) -> memoryview:
     if data.nbytes != part.nbytes:
         fail(path, f"tensor {part.name}: {data.nbytes} bytes where its shape asks for {part.nbytes}")
     return data
-
-
-def _write(file: IO[bytes], data: bytes | bytearray | memoryview) -> None:
-    view = memoryview(data).cast("B")
-    while len(view):
-        view = view[file.write(view) :]
 
 
 def _string(text: str) -> bytes:
