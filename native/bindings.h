@@ -44,5 +44,6 @@ void bind_pack(nb::module_& m);
 void bind_gguf(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_tokenizer(nb::module_& m);
+void bind_manners(nb::module_& m);
 
 }  // namespace pronghorn

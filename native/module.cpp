@@ -8,4 +8,5 @@ NB_MODULE(_native, m) {
   pronghorn::bind_gguf(m);
   pronghorn::bind_sampling(m);
   pronghorn::bind_tokenizer(m);
+  pronghorn::bind_manners(m);
 }

@@ -451,7 +451,9 @@ def test_themes(pages: Pages) -> None:
 
 
 def test_phone(pages: Pages) -> None:
-    page = pages.open(viewport={"width": 360, "height": 640}, is_mobile=True, has_touch=True)
+    # A seed, and a model that never ends: another text may have fewer tokens than are touched here.
+    asked = "#model=slow&seed=1&temperature=1&max_tokens=100"
+    page = pages.open(asked, viewport={"width": 360, "height": 640}, is_mobile=True, has_touch=True)
     assert page.locator("[name=temperature]").is_hidden()
     page.fill("[name=prompt]", STORY)
     run(page)
@@ -479,16 +481,94 @@ def test_policy_is_in_force(pages: Pages) -> None:
     pages.faults.clear()
 
 
+def test_the_composer_covers_the_conversation(pages: Pages) -> None:
+    """Whatever scrolls under it: the tokens lie above the text that a completion goes on from, but not above this."""
+    page = pages.open(viewport={"width": 900, "height": 420})
+    fill(page, "Go on", "Chat", model="slow", max_tokens=300, temperature=0)
+    run(page)
+    page.locator("#sheet").evaluate("(sheet) => { sheet.scrollTop = 60; }")
+    page.fill("[name=prompt]", "a line\n" * 5)
+    covered = page.evaluate(
+        """() => {
+            const box = document.querySelector(".prompt").getBoundingClientRect();
+            const marks = [...document.querySelectorAll(".token mark")].map((mark) => mark.getBoundingClientRect());
+            const middles = marks.map((r) => [r.left + r.width / 2, r.top + r.height / 2]);
+            return middles.filter(([x, y]) => x > box.left && x < box.right && y > box.top && y < box.bottom)
+                .map(([x, y]) => document.elementFromPoint(x, y).closest(".prompt") !== null);
+        }"""
+    )
+    assert covered
+    assert all(covered)
+
+
+CONTROLS = """() => [...document.querySelectorAll("button, input, select, textarea, summary")]
+    .filter((one) => !one.ariaHidden && one.checkVisibility())
+    .map((one) => [one.name || one.id || one.tagName, one.ariaLabel
+        || [...(one.labels ?? [])].map((label) => label.textContent.trim()).join(" ") || one.textContent.trim()])"""
+CONTRASTS = """() => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    const over = (colour, below) => {  // as it is seen: sRGB, on what is below
+        canvas.fillStyle = `rgb(${below.join(" ")})`; canvas.fillRect(0, 0, 1, 1);
+        canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+    };
+    const ground = (one) =>
+        one ? over(getComputedStyle(one).backgroundColor, ground(one.parentElement)) : [255, 255, 255];
+    const light = (rgb) => rgb.map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const own = (one) => [...one.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())
+        || (/^(INPUT|TEXTAREA|SELECT)$/.test(one.tagName) && !/range|radio|checkbox/.test(one.type));
+    return [...document.querySelectorAll("body *")].filter((one) => own(one) && one.checkVisibility()
+        && !one.disabled && one.id !== "echo" && !one.closest("option, .spoken")).map((one) => {
+        const below = ground(one);
+        const [a, b] = [light(over(getComputedStyle(one).color, below)), light(below)];
+        return [one.tagName + " " + (one.id || one.className || one.textContent.trim()),
+            (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)];
+    });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_names_and_contrast(pages: Pages, scheme: str) -> None:
+    """Each control has a name, and each text, on the darkest shade too, 4.5 times its ground's light (WCAG 2.2, AA)."""
+    page = pages.open(color_scheme=scheme)
+    for mode in ("Completion", "Chat"):
+        fill(page, STORY, mode, model="tiny", max_tokens=40, temperature=1.5, seed=1)
+        run(page)
+        page.locator(".token").nth(3).focus()
+        assert [name for name, label in page.evaluate(CONTROLS) if not label] == []
+        contrasts = page.evaluate(CONTRASTS)
+        assert len(contrasts) > 30
+        assert [(name, ratio) for name, ratio in contrasts if ratio < 4.5] == []
+
+
+def test_nothing_moves_for_those_who_want_none(pages: Pages) -> None:
+    page = pages.open(reduced_motion="reduce")
+    fill(page, "Go on", model="slow", max_tokens=15000, temperature=0)
+    page.keyboard.press("Control+Enter")
+    until(page, "document.querySelectorAll('.token').length > 3")
+    assert page.evaluate("document.getAnimations().length") == 0
+    page.emulate_media(reduced_motion="no-preference")
+    until(page, "document.getAnimations().length === 1")  # the caret
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#run", state="visible")
+
+
 def test_screenshots(pages: Pages, models: dict[str, Path]) -> None:
     """For people to look at."""
     KEPT.mkdir(parents=True, exist_ok=True)
     model = "stories" if "stories" in models else "tiny"
+    desk = {"viewport": {"width": 1280, "height": 800}}
+    phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
     for scheme in ("light", "dark"):
-        page = pages.open(color_scheme=scheme, viewport={"width": 1280, "height": 800})
-        fill(page, STORY, model=model, max_tokens=150, temperature=0.7, seed=3)
-        run(page)
-        page.locator(".token").nth(20).hover()
-        path = KEPT / f"completion-{scheme}.png"
-        page.screenshot(path=path)
-        print(f"kept {path}")
-        assert path.stat().st_size > 10000
+        for kind, options in (("", desk), ("-phone", phone)):
+            page = pages.open(color_scheme=scheme, **options)
+            page.locator("#settings").evaluate("(settings) => { settings.open = true; }")
+            fill(page, STORY, model=model, max_tokens=150, temperature=0.7, seed=3)
+            page.locator("#settings").evaluate("(settings, open) => { settings.open = open; }", not kind)
+            run(page)
+            page.locator(".token").nth(20).hover()
+            path = KEPT / f"completion{kind}-{scheme}.png"
+            page.screenshot(path=path)
+            print(f"kept {path}")
+            assert path.stat().st_size > 10000

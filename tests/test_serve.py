@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.client
+import itertools
 import json
 import os
 import queue
@@ -320,6 +321,94 @@ def test_every_slot_gives_the_same_answer_cached_or_not(server: Server, llm: LLM
     asyncio.run(main())
 
 
+def test_what_clients_of_llama_cpp_rely_on(server: Server, llm: LLM) -> None:
+    """The ground of its server's tests that no other test here has: biases, the context's end, what is left out."""
+    ask = {"model": "tiny", "prompt": "Once", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    plain = server.ask("/v1/completions", ask)[1]["choices"][0]["text"]
+    ids = llm.generate("Once", SamplingParams(max_tokens=8, ignore_eos=True)).token_ids
+    (letter,) = llm.tokenizer.encode("A", add_special=False)
+    for bias in ({str(ids[0]): -100}, {str(letter): 100}):
+        found = server.ask("/v1/completions", {**ask, "logit_bias": bias, "logprobs": 0})[1]["choices"][0]
+        params = SamplingParams(max_tokens=8, ignore_eos=True, logit_bias={int(k): v for k, v in bias.items()})
+        assert found["text"] == llm.generate("Once", params).text != plain
+        assert (str(letter) in bias) == (found["text"] == "A" * 8)
+    # More than the context has room for is not refused: the answer ends with it, and says so.
+    full = server.ask("/v1/completions", {**ask, "max_tokens": 10_000})[1]
+    assert full["usage"]["total_tokens"] == 300
+    assert full["choices"][0]["finish_reason"] == "length"
+    # The same seed is the same answer, another one is another, and without one they differ.
+    warm = {**ask, "temperature": 1.5, "max_tokens": 40}
+    texts = [
+        server.ask("/v1/completions", {**warm, **more})[1]["choices"][0]["text"]
+        for more in ({"seed": 1}, {"seed": 1}, {"seed": 2}, {}, {})
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 4
+    # A prompt of tokens is that of its text; several are answered in their order.
+    both = server.ask("/v1/completions", {**ask, "prompt": [llm.tokenizer.encode("Once"), [256, 72]]})[1]["choices"]
+    assert (both[0]["text"], len(both)) == (plain, 2)
+    # What it has beside is refused by its name: fields, and routes.
+    for name in ("cache_prompt", "n_probs", "n_predict", "lora", "id_slot", "typical_p", "mirostat", "dry_multiplier"):
+        server.refused("/v1/completions", {**ask, name: 1}, 400, f"^{name} is not supported$")
+    for path in ("/infill", "/rerank", "/v1/rerank", "/apply-template", "/completion", "/v1/responses"):
+        server.refused(path, {}, 404, f"^POST {path}: Not Found$")
+    for path in ("/slots", "/props", "/lora-adapters"):
+        server.refused(path, None, 404, f"^GET {path}: Not Found$")
+    server.refused("/v1/completions", {**ask, "stream": True, "temperature": -1}, 400, "temperature")  # and no stream
+
+
+def test_cache_against_no_cache(models: dict[str, Path]) -> None:
+    """The same text and logprobs of a prompt that nobody has asked before, of one that is known in part, and whole."""
+    prompt = "".join(chr(65 + i % 23) for i in range(200))
+    body = {"max_tokens": 30, "seed": 1, "logprobs": 3, "ignore_eos": True}
+    told = []
+    for before in ((prompt,), (prompt[:70], prompt)):  # each time a server that knows nothing
+        with serving("-m", str(models["long"])) as server:
+            found = [server.ask("/v1/completions", {**body, "prompt": text})[1] for text in (*before, prompt)]
+        told += [one for one in found if one["usage"]["prompt_tokens"] == 201]
+    assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in told] == [0, 192, 64, 192]
+    assert all(one["choices"] == told[0]["choices"] for one in told)
+    with LLM(models["long"], threads=1) as llm:
+        params = SamplingParams(max_tokens=30, temperature=1.0, seed=1, ignore_eos=True)
+        assert llm.generate(prompt, params).text == told[0]["choices"][0]["text"]
+
+
+def test_metrics_are_prometheus_text(server: Server) -> None:
+    """By the parser of Prometheus's own client: every name that docs/serving.md stands for, its kind and its model."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    server.ask("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 3, "ignore_eos": True})
+    status, text, heads = server.ask("/metrics")
+    assert (status, heads.get_content_type()) == (200, "text/plain")
+    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    kinds = {
+        "histogram": ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"),
+        "gauge": ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
+        "counter": (
+            "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions",
+            "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens", "request_success", "engine_steps",
+        ),
+    }  # fmt: skip
+    for kind, names in kinds.items():
+        for name in names:
+            family = families[f"pronghorn:{name}"]
+            assert (family.type, bool(family.documentation)) == (kind, True)
+            assert "tiny" in {sample.labels["model_name"] for sample in family.samples}
+    assert families["pronghorn:http_requests"].type == "counter"
+    for name in kinds["histogram"]:
+        of = [sample for sample in families[f"pronghorn:{name}"].samples if sample.labels["model_name"] == "tiny"]
+        buckets = [(float(s.labels["le"]), s.value) for s in of if s.name.endswith("_bucket")]
+        (count,) = [sample.value for sample in of if sample.name.endswith("_count")]
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == (float("inf"), count)
+        assert sorted(value for _, value in buckets) == [value for _, value in buckets]
+        # Neighbours are at most 2.5 times apart, from below a fast step to above the longest of what is awaited.
+        bounds = [bound for bound, _ in buckets[:-1]]
+        assert max(b / a for a, b in itertools.pairwise(bounds)) < 2.6
+        assert bounds[0] <= 0.001
+        assert bounds[-1] >= 5
+
+
 def test_response_formats(server: Server) -> None:
     pytest.importorskip("llguidance")
     client, asked = server.client(), {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "seed": 1}
@@ -547,6 +636,20 @@ def test_refusals(server: Server) -> None:
         server.refused(path, body, status, message)
     found = server.ask("/v1/completions", {"prompt": "x" * 300, "model": "tiny"})[1]
     assert found["error"]["code"] == "context_length_exceeded"
+    message = {"role": "user", "content": "a"}
+    for body, param in (  # by the body's own names, not by the types that were tried
+        ({}, "messages"),
+        (
+            {"messages": [{**message, "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0.image_url",
+        ),
+        ({"messages": [{**message, "content": 5}]}, "messages.0.content"),
+        ({"messages": [message], "stop": [1]}, "stop"),
+        ({"messages": [message], "response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"messages": [message], "tool_choice": {"type": "function", "function": {"x": 1}}}, "tool_choice.function.x"),
+        ({"messages": [message], "logit_bias": {"5": "much"}}, "logit_bias.5"),
+    ):
+        assert server.ask("/v1/chat/completions", body)[1]["error"]["param"] == param
 
 
 def test_pages_of_elsewhere(server: Server, models: dict[str, Path]) -> None:
@@ -763,6 +866,20 @@ def test_the_files_go_away_and_the_disk_is_full(models: dict[str, Path], llm: LL
         assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size >= 1000]
 
 
+def test_a_file_that_is_cut_short(models: dict[str, Path], tmp_path: Path) -> None:
+    """In place, by another process: what it held is gone, so the process ends, in a line that names it."""
+    folder = tmp_path / "cut"
+    shutil.copytree(models["tiny"], folder)
+    with serving("-m", str(folder), "--dtype", "f32") as server:
+        os.truncate(folder / "model.safetensors", 4096)
+        with pytest.raises((OSError, http.client.HTTPException)):  # the connection ends without an answer
+            server.ask("/v1/completions", {"prompt": "a", "max_tokens": 20})
+        assert f"error: {folder / 'model.safetensors'}: cannot be read any more: it was cut short" in server.line(
+            "error"
+        )
+        assert server.process.wait(60) == 2
+
+
 def test_draining(models: dict[str, Path]) -> None:
     """SIGTERM: what runs ends, what is new is refused; --drain has an end, and a second signal waits for none."""
     with serving("-m", str(models["long"]), "--drain", "60") as server:
@@ -824,6 +941,7 @@ def test_what_does_not_start(
         (["--port", str(server.port)], "Address already in use"),
         (["--tls-cert", str(tmp_path / "nothing")], "nothing"),
         (["--tls-key", str(tmp_path / "empty")], "--tls-key is given, but no --tls-cert"),
+        (["--tls-cert", str(tmp_path / "empty")], "empty (no --tls-key): not a certificate and its key"),
     ):
         assert main(["serve", "-m", f"a={models['tiny']}", "--port", "0", *args]) == 2
         last = capsys.readouterr().err.splitlines()[-1]

@@ -209,3 +209,6 @@ class MappedTokenizer:
         """Token ids; None where only the library knows them. TypeError for a lone surrogate. Lets go of the lock."""
     def token(self, token_id: int) -> str | None: ...
     def find(self, text: str) -> int | None: ...
+
+def explain_bus_errors() -> None:
+    """Has a mapped file's SIGBUS end the process with status 2, in one line on standard error that names the file."""

@@ -431,8 +431,10 @@ def load(args: argparse.Namespace) -> LLM:
 
 def load_one(args: argparse.Namespace, model: str | None) -> LLM:
     """A model, run as was asked for."""
+    from pronghorn import _native
     from pronghorn.llm import LLM
 
+    _native.explain_bus_errors()
     return LLM(
         model,
         dtype=args.dtype,

@@ -17,6 +17,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, from_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -521,7 +522,7 @@ def parse(data: bytes, kind: type[B]) -> B:
         found = error.errors(include_url=False, include_context=False, include_input=False)
     unknown = [e for e in found if e["type"] == "extra_forbidden"]
     first = (unknown or found)[0]
-    loc = [str(part) for part in first["loc"]]
+    loc = place(first, data)
     if unknown:
         message = f"{'.'.join(loc)} is not supported"
     elif loc:
@@ -530,6 +531,21 @@ def parse(data: bytes, kind: type[B]) -> B:
     else:
         message = f"the body is no JSON object: {first['msg']}"
     raise Refusal(400, message, param=".".join(loc) or None)
+
+
+def place(fault: ErrorDetails, data: bytes) -> list[str]:
+    """Where a fault is, by the body's own names: pydantic has those of the types that it tried between them."""
+    parts, at, found = fault["loc"], from_json(data) if fault["loc"] else None, []
+    for i, part in enumerate(parts):
+        missing = fault["type"] == "missing" and i == len(parts) - 1
+        if isinstance(at, list) and isinstance(part, int) and part < len(at):
+            at = at[part]
+        elif isinstance(at, dict) and (part in at or missing):
+            at = at.get(part)
+        else:
+            continue
+        found.append(str(part))
+    return found
 
 
 def prompts_of(given: Any) -> list[Any]:

@@ -65,11 +65,25 @@ def run(args: argparse.Namespace, load: Callable[[str | None], LLM]) -> None:
     for file in filter(None, (args.tls_cert, args.tls_key)):
         if not Path(file).is_file():
             raise ParameterError(f"{file}: there is no such file")
+    if args.tls_cert:
+        check_certificate(args.tls_cert, args.tls_key)
     set_up_logs(args.log_format)
     with listen(args.host, args.port) as sock:
         if not keys and not args.allow_host and is_loopback(sock):
             settings = settings._replace(hosts=())
         asyncio.run(serve(args, settings, names, load, sock))
+
+
+def check_certificate(certificate: str, key: str | None) -> None:
+    """Raises ParameterError where TLS could not be had with these, before anything is loaded."""
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as error:  # an ssl.SSLError is an OSError
+        files = f"{certificate} and {key}" if key else f"{certificate} (no --tls-key)"
+        fault = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise ParameterError(f"{files}: not a certificate and its key, as PEM without a password: {fault}") from None
 
 
 def is_loopback(sock: socket.socket) -> bool:

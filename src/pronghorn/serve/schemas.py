@@ -43,6 +43,8 @@ class Sampling(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted; it changes nothing.")
+    safety_identifier: str | None = Field(None, description="Accepted; it changes nothing.")
+    prompt_cache_key: str | None = Field(None, description="Accepted; it changes nothing.")
     # Beyond OpenAI's:
     top_k: int | None = Field(None, ge=0, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)

@@ -55,7 +55,8 @@ def map_file(path: Path) -> memoryview:
 
     The view keeps the mapping alive. A file that is replaced by renaming keeps its old contents here. Where
     another process cuts a file short in place, the kernel ends this one by SIGBUS at the first read past the new
-    end, so that nothing wrong is ever computed: replace a model's files, and never rewrite them.
+    end, so that nothing wrong is ever computed (the commands say which file it was, and end with 2): replace a
+    model's files, and never rewrite them.
     """
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for its writer.
