@@ -53,7 +53,7 @@ def bench() -> Any:
 @needs_triton
 @pytest.mark.parametrize("name", ["kernels", "engine", "sampler"])
 def test_interpreted(name: str, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     code = f"import sys; sys.path.insert(0, {str(FILE.parent)!r}); import test_gpu; test_gpu.interpreted_{name}()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
