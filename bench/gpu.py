@@ -316,7 +316,12 @@ def check_attention(device: str, lengths: tuple[int, ...], dims: tuple[int, ...]
             scores = torch.einsum("hd,shd->hs", q[ends[i]].double().view(heads, dim), k) * spec.scale
             want = torch.einsum("hs,shd->hd", scores.softmax(dim=1), v).view(-1)
             worst = float((got[i] - want).abs().max() / v.abs().max())
-            yield f"attention {kv} {heads}/{kv_heads}x{dim} of {length}{' window' if window else ''}", worst, 2e-5, differ
+            yield (
+                f"attention {kv} {heads}/{kv_heads}x{dim} of {length}{' window' if window else ''}",
+                worst,
+                2e-5,
+                differ,
+            )
         # What is stored is what was given: the rotation is tested where models are.
         given = qkv[:, -kv_heads * dim :].view(-1, kv_heads, dim)[: lengths[0]].double()
         slots = tables[0].long()[torch.arange(lengths[0], device=device) // PAGE] * PAGE
@@ -326,7 +331,7 @@ def check_attention(device: str, lengths: tuple[int, ...], dims: tuple[int, ...]
 
 
 DENSE = [("f32", 0), ("f16", 0), ("bf16", 0)]
-PACKED = [("int8", 0), ("int8", 64), ("int4", 32), ("int4", 128)]
+PACKED = [("int8", 0), ("int8", 64), ("int4", 32), ("int4", 128), ("int4", 256)]
 
 
 def checks(device: str, tiny: bool, end: float = math.inf) -> list[dict[str, Any]]:

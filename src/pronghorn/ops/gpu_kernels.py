@@ -46,6 +46,9 @@ LAYOUTS: dict[str, tuple[int, int, int]] = {
     "int4": (4, 256, 2),
 }
 
+MAGIC = {"int8": 0x4B000000, "int4": 0x3F800000}
+"""2^23 and 1: the bits before those of a code that is read as a float."""
+
 OVERLAP = True
 """Whether a kernel may begin while the one before it ends (programmatic dependent launch), where the device can."""
 
@@ -72,32 +75,43 @@ def ask_for(words, n, n_words, AHEAD: tl.constexpr, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def field(w, i: tl.constexpr, FORMAT: tl.constexpr, ZERO: tl.constexpr):
-    """Element i of each word as float32: codes come out less ZERO, times what `unit` says."""
+def field(w, i: tl.constexpr, magic, FORMAT: tl.constexpr, ZERO: tl.constexpr):
+    """Element i of each word as float32; of int4, 1 + code / `unit`, of which a group's sum is corrected at its end.
+
+    A code is put below the leading bits of a float, `magic`, so that there is no conversion. These come as an argument,
+    as `(w & mask) | magic` is one instruction only where one of both is in a register.
+    """
     if FORMAT == "f32":
         return w.to(tl.float32, bitcast=True)
     elif FORMAT == "bf16":
         return (w << 16 if i == 0 else w & 0xFFFF0000).to(tl.float32, bitcast=True)
     elif FORMAT == "f16":
         return (w >> (16 * i)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        # Bits below the 23rd of 2^23 are a whole number: no conversion, and a shift only for the upper half.
-        bits: tl.constexpr = 4 if FORMAT == "int4" else 8
-        half: tl.constexpr = 16 // bits
-        place: tl.constexpr = bits * (i % half)
-        code = (w >> 16 if i >= half else w) & (((1 << bits) - 1) << place)
-        return (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO * (1 << place))
+    elif FORMAT == "int4":  # below the 23rd bit of 1.0, or 4 bits lower, which spares half of the shifts
+        up: tl.constexpr = (19 if i % 2 == 0 else 15) - 4 * i
+        moved = w << up if up > 0 else w >> -up
+        return (moved & (0x00780000 if i % 2 == 0 else 0x00078000) | magic).to(tl.float32, bitcast=True)
+    else:  # the bits below the 23rd of 2^23 are a whole number
+        place: tl.constexpr = 8 * (i % 2)
+        code = (w >> 16 if i >= 2 else w) & (255 << place)
+        return (code | magic).to(tl.float32, bitcast=True) - (8388608.0 + ZERO * (1 << place))
 
 
 @triton.jit
 def unit(i: tl.constexpr, FORMAT: tl.constexpr):
-    """What a code has to be multiplied by; a power of two, so the input can be instead."""
+    """What `field` has to be multiplied by; a power of two, so the input can be instead."""
     if FORMAT == "int4":
-        return 1.0 / (1 << (4 * (i % 4)))
+        return 16.0 if i % 2 == 0 else 256.0
     elif FORMAT == "int8":
         return 1.0 / (1 << (8 * (i % 2)))
     else:
         return 1.0
+
+
+@triton.jit
+def by_chunk(x, ROWS: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Sums of four words, which one thread has."""
+    return tl.sum(tl.reshape(x, [ROWS, BLOCK_W // 4, 4]), axis=2)
 
 
 @triton.jit
@@ -123,35 +137,46 @@ def activated(x, NAME: tl.constexpr):
 
 
 @triton.jit
-def products(acc, words, scales, n, word, inside, xs, total, n_words, n_groups,
+def products(acc, words, scales, n, start, xs, total, offset, magic, n_words, n_groups, group_bits,
              FORMAT: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr, ZERO: tl.constexpr,
-             ROWS: tl.constexpr, FIELDS: tl.constexpr):  # fmt: skip
-    """Adds a block's products to each row's sums; `xs` are the inputs by row and field, `total` their sums."""
-    w = tl.load(words + n[:, None].to(tl.int64) * n_words + word[None, :], mask=inside, other=0)
+             ROWS: tl.constexpr, FIELDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+    """Adds a block's products to each row's sums. `xs`: the inputs by row and field; `total`: their sums by chunk.
+
+    `offset`: what the sums of int4 have too much, by chunk.
+    """
+    word = start + tl.arange(0, BLOCK_W)
+    w = tl.load(words + n[:, None].to(tl.int64) * n_words + word[None, :], mask=(word < n_words)[None, :], other=0)
     w = w.to(tl.uint32, bitcast=True)
-    parts = (tl.zeros_like(acc[0]),) * ROWS
+    parts = (tl.zeros([BLOCK_N, BLOCK_W], tl.float32),) * ROWS
     for i in tl.static_range(FIELDS):
-        f = field(w, i, FORMAT, ZERO)
+        f = field(w, i, magic, FORMAT, ZERO)
         new = ()
         for m in tl.static_range(ROWS):
             new = new + (parts[m] + f * xs[m * FIELDS + i][None, :],)
         parts = new
     if GROUP > 0:
-        at = n[:, None].to(tl.int64) * n_groups + (word * FIELDS // GROUP)[None, :]
-        s = tl.load(scales + at, mask=inside, other=0)
+        # `group_bits` is not known beforehand, lest Triton load four to a thread and move them to where they are needed.
+        chunk = start // 4 + tl.arange(0, BLOCK_W // 4)
+        at = n[:, None].to(tl.int64) * n_groups + (chunk >> group_bits)[None, :]
+        s = tl.load(scales + at, mask=(chunk * 4 < n_words)[None, :], other=0)
         scale = half_of(s, 0) if MINIMA else s.to(tl.float32)
     new = ()
     for m in tl.static_range(ROWS):
-        part = parts[m] * scale if GROUP > 0 else parts[m]
-        if MINIMA:
-            part += half_of(s, 1) * total[m][None, :]
+        part = parts[m]
+        if GROUP > 0:
+            part = by_chunk(part, BLOCK_N, BLOCK_W)
+            if FORMAT == "int4":
+                part -= offset[m]
+            part *= scale
+            if MINIMA:
+                part += half_of(s, 1) * total[m]
         new = new + (acc[m] + part,)
     return new
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "magic", "group_bits"])
 def matvec_kernel(x, words, scales, norm_weight, norm_bias, bias, residual, out,
-                  rows, n_out, n_in, n_words, n_groups, x_stride, residual_stride, eps,
+                  rows, n_out, n_in, n_words, n_groups, x_stride, residual_stride, magic, group_bits, eps,
                   NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
                   FORMAT: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr, ZERO: tl.constexpr,
                   FIELDS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -159,13 +184,13 @@ def matvec_kernel(x, words, scales, norm_weight, norm_bias, bias, residual, out,
     """Out = activation(norm(x) @ w.T + bias) + residual, or activation(gate) * up of a matrix [gate; up]."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < n_out
+    near = tl.minimum(n, n_out - 1)
     if OVERLAP:  # weights are nobody's output: they come while the kernel before ends
         gdc_launch_dependents()
         if AHEAD > 0:
-            last = tl.minimum(n, n_out - 1)
-            ask_for(words, last, n_words, AHEAD, BLOCK_W // 8)
+            ask_for(words, near, n_words, AHEAD, BLOCK_W // 8)
             if GATE:
-                ask_for(words, last + n_out, n_words, AHEAD, BLOCK_W // 8)
+                ask_for(words, near + n_out, n_words, AHEAD, BLOCK_W // 8)
         gdc_wait()
     first = tl.program_id(1) * ROWS  # of the rows, of which the last may stand for some beyond
     lanes = tl.arange(0, BLOCK_W)
@@ -179,14 +204,16 @@ def matvec_kernel(x, words, scales, norm_weight, norm_bias, bias, residual, out,
             means = means + (mean,)
             roots = roots + (tl.rsqrt(tl.sum(centred * centred, axis=0) / n_in + eps),)
         squares = squares + (tl.zeros([BLOCK_W], tl.float32),)
-    acc = (tl.zeros([BLOCK_N, BLOCK_W], tl.float32),) * ROWS
-    other = (tl.zeros([BLOCK_N, BLOCK_W], tl.float32),) * ROWS
+    wide: tl.constexpr = BLOCK_W // 4 if GROUP > 0 else BLOCK_W
+    magic = magic.to(tl.uint32)
+    acc = (tl.zeros([BLOCK_N, wide], tl.float32),) * ROWS
+    other = (tl.zeros([BLOCK_N, wide], tl.float32),) * ROWS
     for start in range(0, n_words, BLOCK_W):
         word = start + lanes
         known = word < n_words
-        xs, total, new_squares = (), (), ()
+        xs, total, offset, new_squares = (), (), (), ()
         for m in tl.static_range(ROWS):
-            whole = tl.zeros([BLOCK_W], tl.float32)
+            even, odd = tl.zeros([BLOCK_W], tl.float32), tl.zeros([BLOCK_W], tl.float32)
             square = squares[m]
             for i in tl.static_range(FIELDS):
                 k = word // 4 * (4 * FIELDS) + 4 * i + word % 4
@@ -199,18 +226,23 @@ def matvec_kernel(x, words, scales, norm_weight, norm_bias, bias, residual, out,
                     v = v * tl.load(norm_weight + k, mask=known, other=0.0)
                 if NORM == "layer" and norm_bias is not None:
                     v = v + tl.load(norm_bias + k, mask=known, other=0.0)
-                if MINIMA:
-                    whole += v
+                if FORMAT == "int4":
+                    if i % 2 == 0:
+                        even += v
+                    else:
+                        odd += v
                 xs = xs + (v * unit(i, FORMAT),)
-            total = total + (whole,)
+            if FORMAT == "int4":
+                even, odd = by_chunk(even, 1, BLOCK_W), by_chunk(odd, 1, BLOCK_W)
+            total = total + (even + odd,)
+            offset = offset + ((16.0 + ZERO) * even + (256.0 + ZERO) * odd,)
             new_squares = new_squares + (square,)
         squares = new_squares
-        inside = there[:, None] & known[None, :]
-        acc = products(acc, words, scales, n, word, inside, xs, total, n_words, n_groups,
-                       FORMAT, GROUP, MINIMA, ZERO, ROWS, FIELDS)  # fmt: skip
+        acc = products(acc, words, scales, near, start, xs, total, offset, magic, n_words, n_groups, group_bits,
+                       FORMAT, GROUP, MINIMA, ZERO, ROWS, FIELDS, BLOCK_N, BLOCK_W)  # fmt: skip
         if GATE:
-            other = products(other, words, scales, n + n_out, word, inside, xs, total, n_words, n_groups,
-                             FORMAT, GROUP, MINIMA, ZERO, ROWS, FIELDS)  # fmt: skip
+            other = products(other, words, scales, near + n_out, start, xs, total, offset, magic, n_words, n_groups,
+                             group_bits, FORMAT, GROUP, MINIMA, ZERO, ROWS, FIELDS, BLOCK_N, BLOCK_W)  # fmt: skip
     for m in tl.static_range(ROWS):
         y, up = tl.sum(acc[m], axis=1), tl.sum(other[m], axis=1)
         if FORMAT == "int8" and GROUP == 0:
@@ -544,7 +576,8 @@ def matvec(
         matvec_kernel, (triton.cdiv(n_out, block_n), len(out) // together),
         x, w.words, w.scales, norm_weight, norm_bias, bias, residual, out,
         rows, n_out, w.n_in, n_words, 0 if w.scales is None else w.scales.shape[1],
-        x.stride(0), 0 if residual is None else residual.stride(0), eps,
+        x.stride(0), 0 if residual is None else residual.stride(0), MAGIC.get(w.format, 0),
+        (w.group * n_words // w.n_in // 4).bit_length() - 1 if w.group else 0, eps,
         NORM=kind, ACTIVATION=activation or "", GATE=gate, FORMAT=w.format, GROUP=w.group, MINIMA=w.minima, ZERO=w.zero,
         FIELDS=w.n_in // n_words, ROWS=together, BLOCK_N=block_n, BLOCK_W=block_w,
         BLOCK_X=triton.next_power_of_2(w.n_in) if kind == "layer" else 1, AHEAD=AHEAD, num_warps=warps,
