@@ -155,7 +155,7 @@ def products(acc, words, scales, n, start, xs, total, offset, magic, n_words, n_
             new = new + (parts[m] + f * xs[m * FIELDS + i][None, :],)
         parts = new
     if GROUP > 0:
-        # `group_bits` is not known beforehand, lest Triton load four to a thread and move them to where they are needed.
+        # `group_bits` is not known beforehand, lest Triton load four to a thread and move them to where they belong.
         chunk = start // 4 + tl.arange(0, BLOCK_W // 4)
         at = n[:, None].to(tl.int64) * n_groups + (chunk >> group_bits)[None, :]
         s = tl.load(scales + at, mask=(chunk * 4 < n_words)[None, :], other=0)
