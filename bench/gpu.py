@@ -159,7 +159,14 @@ class Bench:
     """A model on the device, under its engine."""
 
     def __init__(
-        self, name: str, format: str, device: str, batch: int = 1, weights: Module | None = None, context: int = CONTEXT
+        self,
+        name: str,
+        format: str,
+        device: str,
+        batch: int = 1,
+        weights: Module | None = None,
+        context: int = CONTEXT,
+        ahead: bool = True,
     ) -> None:
         self.device, self.model = device, model_for(config_of(name))
         self.model.config.context = min(context, self.model.config.context)
@@ -168,7 +175,8 @@ class Bench:
 
         weights = weights or random_weights(self.model, format, QUANTIZED[format], device)
         self.read = bytes_read(self.model, weights)
-        self.runner = house.TorchRunner(self.model, weights, n_pages=n_pages, kv_dtype="bf16", device=device)
+        more = {"kv_dtype": "bf16", "device": device, "ahead": ahead}
+        self.runner = house.TorchRunner(self.model, weights, n_pages=n_pages, **more)
         self.engine = Engine(
             self.runner, n_pages=n_pages, context=self.model.config.context, vocabulary=self.model.config.vocab_size,
             max_sequences=max(batch, 1), prefix_cache=False,
@@ -281,11 +289,24 @@ def check_attention(device: str, lengths: tuple[int, ...], dims: tuple[int, ...]
         scales = torch.full((*shape[:-1], 1), torch.nan, device=device) if kv == "int8" else None
         at = torch.cat([torch.arange(n, device=device) for n in lengths]).int()
         table = tables.repeat_interleave(torch.tensor(lengths, device=device), dim=0)
-        angles = at.double()[:, None] * torch.tensor(rope.frequencies, device=device, dtype=torch.float64)
+        frequencies = torch.tensor(rope.frequencies, device=device, dtype=torch.float64)
+        turns = house.turns_at(rope, frequencies, torch.arange(max(lengths), device=device))
         qkv = torch.randn(len(at), (heads + 2 * kv_heads) * dim, device=device)
-        q = kernels.store(qkv, at, table, spec, (angles.cos().float(), angles.sin().float()), pages, scales)
+        q = kernels.store(qkv, at, table, spec, turns, pages, scales)
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        got = kernels.attend(q[ends], at[ends], tables, spec, pages, scales).double()
+        got = kernels.attend(q[ends], at[ends], tables, spec, pages, scales)
+        # One row that stores its own keys and values gets the same bits, and leaves the same.
+        differ, want = 0, [None if kept is None else kept.clone() for kept in (pages, scales)]
+        for i, end in enumerate(ends.tolist()):
+            slot = int(tables[i, at[end] // PAGE]) * PAGE + int(at[end]) % PAGE
+            for kept in (pages, scales):
+                if kept is not None:
+                    kept[:, 1, slot] = 77
+            row = qkv[end : end + 1], at[end : end + 1], tables[i : i + 1]
+            differ += int((kernels.attend(*row, spec, pages, scales, turns, fresh=True) != got[i]).sum())
+        left = [(a, b) for a, b in zip(want, (pages, scales), strict=True) if a is not None]
+        differ += sum(int((a.nan_to_num() != b.nan_to_num()).sum()) for a, b in left)
+        got = got.double()
         for i, length in enumerate(lengths):
             slots = (tables[i].long()[:, None] * PAGE + torch.arange(PAGE, device=device)).view(-1)[:length]
             k, v = (pages[part, 1, slots].double() for part in (0, 1))
@@ -295,7 +316,12 @@ def check_attention(device: str, lengths: tuple[int, ...], dims: tuple[int, ...]
             scores = torch.einsum("hd,shd->hs", q[ends[i]].double().view(heads, dim), k) * spec.scale
             want = torch.einsum("hs,shd->hd", scores.softmax(dim=1), v).view(-1)
             worst = float((got[i] - want).abs().max() / v.abs().max())
-            yield f"attention {kv} {heads}/{kv_heads}x{dim} of {length}{' window' if window else ''}", worst, 2e-5, 0
+            yield (
+                f"attention {kv} {heads}/{kv_heads}x{dim} of {length}{' window' if window else ''}",
+                worst,
+                2e-5,
+                differ,
+            )
         # What is stored is what was given: the rotation is tested where models are.
         given = qkv[:, -kv_heads * dim :].view(-1, kv_heads, dim)[: lengths[0]].double()
         slots = tables[0].long()[torch.arange(lengths[0], device=device) // PAGE] * PAGE
@@ -305,7 +331,7 @@ def check_attention(device: str, lengths: tuple[int, ...], dims: tuple[int, ...]
 
 
 DENSE = [("f32", 0), ("f16", 0), ("bf16", 0)]
-PACKED = [("int8", 0), ("int8", 64), ("int4", 32), ("int4", 128)]
+PACKED = [("int8", 0), ("int8", 64), ("int4", 32), ("int4", 128), ("int4", 256)]
 
 
 def checks(device: str, tiny: bool, end: float = math.inf) -> list[dict[str, Any]]:

@@ -53,7 +53,8 @@ def bench() -> Any:
 @needs_triton
 @pytest.mark.parametrize("name", ["kernels", "engine", "sampler"])
 def test_interpreted(name: str, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     code = f"import sys; sys.path.insert(0, {str(FILE.parent)!r}); import test_gpu; test_gpu.interpreted_{name}()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
@@ -96,6 +97,14 @@ def interpreted_engine() -> None:
         runner: Any = ours._engine and ours._engine.runner
         assert isinstance(runner, TorchRunner)
         assert runner.buckets
+
+    # A stream alone: most of its steps have begun before they are asked for, across pages too.
+    long = SamplingParams(max_tokens=20, temperature=0.7, seed=5, ignore_eos=True)
+    with LLM(path) as native, LLM(path, device="torch:cpu", kv_dtype="f32") as ours:
+        runner = ours._engine and ours._engine.runner
+        assert native.generate([[3] * 20], long)[0].token_ids == ours.generate([[3] * 20], long)[0].token_ids
+        assert runner.ahead.patience == 2  # no guess was wrong, but for the last one
+        assert runner.ahead.begun is not None
 
     # The native house rounds inputs to 8 bits; PyTorch's own operations do not.
     os.environ["TRITON_INTERPRET"] = "0"
@@ -177,7 +186,7 @@ def test_products_compile_for_a_gpu_with_wide_loads(format: str, group: int, nor
     constants: dict[str, Any] = {
         "NORM": norm, "ACTIVATION": "silu", "GATE": gate, "FORMAT": format, "GROUP": group, "MINIMA": group > 0,
         "ZERO": 0, "FIELDS": FIELDS[format], "ROWS": 1, "BLOCK_N": block_n, "BLOCK_W": block_w, "BLOCK_X": 4096,
-        "bias": None, "residual": None,
+        "bias": None, "residual": None, "OVERLAP": True, "AHEAD": kernels.AHEAD,
     }  # fmt: skip
     constants |= {} if format.startswith("int") else {"scales": None}
     constants |= {} if norm else {"norm_weight": None}
@@ -192,11 +201,11 @@ def test_products_compile_for_a_gpu_with_wide_loads(format: str, group: int, nor
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name] not in ("constexpr", "fp32") and name != "rows"
+        if signature[name] not in ("constexpr", "fp32") and name not in ("rows", "magic", "group_bits")
     }
     source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "enable_fp_fusion": True, "launch_pdl": True}
     compiled = triton.compile(source, target=target, options=options)
     assert compiled.asm["ptx"].count("ld.global.v4.b32") >= block_n * (2 if gate else 1)
     assert ".local" not in compiled.asm["ptx"]

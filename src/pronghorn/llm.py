@@ -132,7 +132,7 @@ class LLM:
         all_bytes = token_bytes + (runs_ahead.token_bytes(kv_dtype) if runs_ahead else 0)
         n_pages = pages_for(all_bytes, config.context, sequences, kv_memory)
         try:
-            more = {"group": self._group, "waits": draft is not None}
+            more = {"group": self._group, "waits": draft is not None, "ahead": draft is None}
             runner = runner_for(ranked, Module.of(weights), device, threads, n_pages, kv_dtype, **more)
             if runs_ahead:
                 runs_ahead.start(runner, n_pages, kv_dtype)

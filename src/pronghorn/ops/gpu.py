@@ -47,7 +47,8 @@ class TorchRunner:
     `pages`: keys and values `[2, layer, page * PAGE + slot, kv head, dim]`; `scales`: of int8 ones, dim is 1. The page
     after the last is where rows that fill up a bucket write. `cache` is another runner's, for a draft that reads and
     writes the same. `group`: the ranks among which the weights, of which this one has its part, are divided. With
-    `waits`, `run` returns when it is done, for those who learn how long it takes.
+    `waits`, `run` returns when it is done, for those who learn how long it takes. With `ahead`, `choose` may begin the
+    next step by itself: see Ahead.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class TorchRunner:
         cache: tuple[torch.Tensor, torch.Tensor | None] | None = None,
         group: Group | None = None,
         waits: bool = False,
+        ahead: bool = False,
     ) -> None:
         if kv_dtype not in KV_DTYPES:
             raise ParameterError(f"kv_dtype is {kv_dtype!r}: expected one of {', '.join(KV_DTYPES)}")
@@ -75,13 +77,19 @@ class TorchRunner:
         cfg = model.config
         shape = (2, cfg.n_layers, (n_pages + 1) * PAGE, cfg.n_kv_heads, cfg.head_dim)
         if cache is None:
-            scales = torch.zeros((*shape[:-1], 1), device=self.device) if kv_dtype == "int8" else None
-            cache = torch.zeros(shape, dtype=DTYPES[kv_dtype], device=self.device), scales
+            try:
+                scales = torch.zeros((*shape[:-1], 1), device=self.device) if kv_dtype == "int8" else None
+                cache = torch.zeros(shape, dtype=DTYPES[kv_dtype], device=self.device), scales
+            except torch.OutOfMemoryError as error:
+                raise MemoryError(str(error)) from None
         self.cache = cache
         self.pages, self.scales = cache
         self.n_pages, self.width = n_pages, min(n_pages, -(-cfg.context // PAGE))
         self.buckets: dict[int, Bucket] = {}
         self.ropes: dict[Rope, torch.Tensor] = {}
+        self.turns: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.ahead = Ahead() if ahead and self.kernels and not group else None
+        self.bucket: Bucket | None = None  # of the last step, if each of its rows was a sequence that decodes
         self.weights = Weights(self.device, self.kernels)
 
         def leaf(name: str) -> Leaf:
@@ -99,6 +107,21 @@ class TorchRunner:
         last = self.record.last
         self.ends = [[value for value in last if last[value] == n] for n in range(len(self.record.steps))]
         self.logits = torch.empty(0, cfg.vocab_size, device=self.device)  # of the last batch
+        if self.kernels and self.device.type == "cuda":
+            self.compile()
+
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Has the kernels of all steps of few rows before the first request: what is not in Triton's cache is compiled.
+
+        All at once, as one after the other takes seconds. The graph of one row is made, too.
+        """
+        with self.kernels.compiling():
+            for n in (n for n in BUCKETS if n <= self.kernels.MOST_ROWS):
+                zeros = torch.zeros(n, dtype=torch.int32, device=self.device)
+                logits = Step(self, zeros, zeros, zeros[:, None].expand(n, self.width).contiguous()).run()
+            self.kernels.race(logits, [0.0] * n, [0] * n, [0] * n)
+        self.buckets[1] = Bucket(self, 1)
 
     def run(self, batch: Batch) -> memoryview:
         """See ops.Runner."""
@@ -117,16 +140,23 @@ class TorchRunner:
             self.group.send(self.group.runners.index(self), batch.table_width, *arrays)
         token_ids, positions, sequence, rows, table = (np.array(a, np.int32) for a in arrays)
         by_row = table.reshape(-1, max(batch.table_width, 1))[sequence, : self.width]
-        if self.kernels and n <= (BUCKETS[-1] if len(rows) == n else FEW):
+        decodes = self.ahead and n == len(rows) == len(set(batch.sequence)) and n <= BUCKETS[-1]
+        begun = self.ahead and self.ahead.has_begun(*(token_ids, positions, by_row) if decodes else ())
+        if not begun:
+            self.bucket = None
+        if begun and self.bucket:
+            self.logits = self.bucket.logits[:n]
+        elif self.kernels and n <= (BUCKETS[-1] if len(rows) == n else FEW):
             size = next(size for size in BUCKETS if size >= n)
             if size not in self.buckets:
                 self.buckets[size] = Bucket(self, size)
             self.logits = self.buckets[size].run(token_ids, positions, by_row)[:n]
+            self.bucket = self.buckets[size] if decodes else None
             if len(rows) < n:
                 self.logits = self.logits[torch.from_numpy(rows).to(self.device).long()]
         else:
             ids, at, wanted, pages = (torch.from_numpy(a).to(self.device) for a in (token_ids, positions, rows, by_row))
-            self.logits = Step(self, ids, at, pages, wanted.long(), sequence).run()
+            self.logits = Step(self, ids, at, pages, wanted.long(), (sequence, positions)).run()
         if batch.logits_here or not self.kernels:
             return self.fetched()
         if self.waits and self.device.type == "cuda":
@@ -150,10 +180,15 @@ class TorchRunner:
         here = sorted(set(range(len(choices))) - set(there))
         found: dict[int, Chosen] = {}
         if there:
-            rows, wanted = self.logits, [choices[i].row for i in there]
+            rows, wanted, meanwhile = self.logits, [choices[i].row for i in there], None
             if wanted != list(range(len(rows))):
                 rows = rows[torch.tensor(wanted, device=self.device)]
-            found = dict(zip(there, gpu_sampling.choose(rows, [choices[i] for i in there], self.kernels), strict=True))
+            elif self.bucket and self.ahead and self.ahead.may_begin() and not here:
+                meanwhile = self.bucket.go_on
+            chosen = gpu_sampling.choose(rows, [choices[i] for i in there], self.kernels, meanwhile)
+            if meanwhile and self.ahead:
+                self.ahead.begun = [-1 if isinstance(c, str) else c[0] for c in chosen]
+            found = dict(zip(there, chosen, strict=True))
         if here:
             from pronghorn import _native
 
@@ -178,15 +213,58 @@ class TorchRunner:
             self.ropes[rope] = torch.tensor(rope.frequencies, dtype=torch.float64, device=device)
         return self.ropes[rope]
 
+    def turns_of(self, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of all positions, `[positions, pairs]`, for the kernels."""
+        if rope not in self.turns:
+            at = torch.arange(self.width * PAGE, device=self.device)
+            self.turns[rope] = turns_at(rope, self.frequencies(rope, self.device), at)
+        return self.turns[rope]
+
+
+class Ahead:
+    """The next decoding step, begun before it is asked for: the tokens just chosen, each sequence one further.
+
+    So the device computes while the host tells what has come and asks for more. Nothing else has to know of it: `run`
+    finds its step done, or the guess was wrong and it computes its own. A wrong guess has written one token's keys and
+    values beyond the end of sequences, in pages that these held alone, and before whatever is written there later.
+    It costs a step, so guesses are made when steps have followed each other for a while, and fewer after wrong ones.
+    """
+
+    def __init__(self) -> None:
+        self.begun: list[int] | None = None  # the tokens of the step
+        self.last: tuple[Any, Any] | None = None  # positions and page tables of the step before
+        self.calm, self.patience = 0, 2  # steps that have followed each other, and that have to
+
+    def has_begun(self, token_ids: Any = None, positions: Any = None, table: Any = None) -> bool:
+        """Notes the step that is asked for (nothing: one of another kind); whether it is the one that has begun."""
+        follows, right = False, False
+        if positions is not None and self.last is not None:
+            width = int(positions.max()) // PAGE + 1
+            follows = np.array_equal(positions, self.last[0] + 1)
+            right = follows and np.array_equal(table[:, :width], self.last[1][:, :width])
+            right = right and token_ids.tolist() == self.begun
+        if self.begun is not None:
+            self.patience = max(self.patience - 1, 2) if right else min(2 * self.patience, 64)
+        self.calm = self.calm + 1 if follows else 0
+        self.last, self.begun = None if positions is None else (positions, table), None
+        return right
+
+    def may_begin(self) -> bool:
+        """Whether a guess is worth it, and no sequence would need another page."""
+        return self.calm >= self.patience and self.last is not None and bool(((self.last[0] + 1) % PAGE).all())
+
 
 class Bucket:
-    """A decoding step of so many rows: on CUDA a graph, with its place for the inputs."""
+    """A decoding step of so many rows: on CUDA a graph, with its place for the inputs.
+
+    Its `logits` are those of all rows, those that fill up too.
+    """
 
     def __init__(self, runner: TorchRunner, size: int) -> None:
         self.runner, self.size = runner, size
         on_cuda = runner.device.type == "cuda"
-        self.host = torch.zeros(size * (2 + runner.width), dtype=torch.int32, pin_memory=on_cuda)
-        self.inputs = torch.zeros_like(self.host, device=runner.device)
+        self.inputs = torch.zeros(size * (2 + runner.width), dtype=torch.int32, device=runner.device)
+        self.logits: torch.Tensor
         ids, at, table = self.inputs[:size], self.inputs[size : 2 * size], self.inputs[2 * size :].view(size, -1)
         table.fill_(runner.n_pages)  # while it is tried out, all write into the page that no one reads
         self.step = Step(runner, ids, at, table)
@@ -203,25 +281,41 @@ class Bucket:
                 self.logits = self.step.run()
 
     def run(self, token_ids: Any, positions: Any, table: Any) -> torch.Tensor:
-        """The logits of all rows, those that fill up too."""
-        n, size = len(token_ids), self.size
-        host = self.host.numpy()
+        """A step of these rows -> `logits`."""
+        n, size, on_cuda = len(token_ids), self.size, self.graph is not None
+        # Pinned anew each time: the last one may not have been copied yet. PyTorch knows, and takes them in turns.
+        given = torch.empty(self.inputs.shape, dtype=torch.int32, pin_memory=on_cuda)
+        host = given.numpy()
         host[:n], host[size : size + n] = token_ids, positions
         host[n:size] = host[size + n : 2 * size] = 0
         by_row = host[2 * size :].reshape(size, -1)
         by_row[:n, : table.shape[1]], by_row[n:] = table, self.runner.n_pages
-        self.inputs.copy_(self.host, non_blocking=True)
+        by_row[:n, table.shape[1] :] = self.runner.n_pages
+        self.inputs.copy_(given, non_blocking=True)
+        return self.replay()
+
+    def go_on(self, token_ids: torch.Tensor) -> None:
+        """The step that follows the last one, with these tokens (those below 0 are none, and will not be asked for)."""
+        n = len(token_ids)
+        torch.clamp(token_ids, min=0, out=self.inputs[:n])
+        self.inputs[self.size : self.size + n] += 1
+        self.replay()
+
+    def replay(self) -> torch.Tensor:
+        """What the inputs ask for."""
         if self.graph is None:
-            return self.step.run()
-        self.graph.replay()
+            self.logits = self.step.run()
+        else:
+            self.graph.replay()
         return self.logits
 
 
 class Step:
     """One pass over the record: `[tokens]` ids, positions and page tables, int32, on the device.
 
-    `rows` are those whose logits are wanted, None for all; `sequence` says which rows belong together, where more than
-    MOST_ROWS of one sequence may be there: these are attended to as a matrix, all others one by one.
+    `rows` are those whose logits are wanted, None for all; `spread`, the sequence and the position of each row on the
+    host, says which belong together, where more than MOST_ROWS of one may be there: these are attended to as a matrix,
+    all others one by one.
     """
 
     def __init__(
@@ -231,7 +325,7 @@ class Step:
         at: torch.Tensor,
         table: torch.Tensor,
         rows: torch.Tensor | None = None,
-        sequence: Any = None,
+        spread: tuple[Any, Any] | None = None,
     ) -> None:
         self.runner, self.token_ids, self.at, self.table, self.rows = runner, token_ids, at, table, rows
         self.kernels = runner.kernels
@@ -240,15 +334,15 @@ class Step:
         self.singles: torch.Tensor | None = None  # rows that are attended to one by one; None: all
         # Of the other sequences: their rows, the positions that they may see, and where these are kept.
         self.sequences: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        if sequence is not None:
+        if spread is not None:
             singles: list[int] = []
-            positions = at.tolist()
+            sequence, positions = spread
             for index in sorted(set(sequence.tolist())):
                 found = np.flatnonzero(sequence == index).tolist()
                 if self.kernels and len(found) <= self.kernels.MOST_ROWS:
                     singles += found
                     continue
-                seen = torch.arange(max(positions[row] for row in found) + 1, device=at.device)
+                seen = torch.arange(int(positions[found].max()) + 1, device=at.device)
                 slots = table[found[0]].long()[seen // PAGE] * PAGE + seen % PAGE
                 self.sequences.append((torch.tensor(found, device=at.device), seen, slots))
             self.singles = torch.tensor(singles, dtype=torch.int64, device=at.device)
@@ -285,15 +379,20 @@ class Step:
         runs = y.reshape(len(y), -1, len(weight))
         return functional.rms_norm(runs, runs.shape[2:], weight, x.eps).reshape(y.shape)
 
-    def embed(self, leaf: Leaf) -> torch.Tensor:
-        """Rows of a table; of one that is divided, each rank gives those that it has."""
+    def embed(self, leaf: Leaf, places: Leaf | None) -> torch.Tensor:
+        """Rows of a table, and those of learned positions; of a divided table, each rank gives the rows that it has."""
         table, ids, group = self.runner.weights.matrix(leaf), self.token_ids.long(), self.runner.group
+        learned = None if places is None else self.vector(places)
+        if self.kernels and group is None and isinstance(table, Packed):
+            return self.kernels.embed(self.token_ids, self.at, table, learned)
         if group is None:
-            return rows_of(table, ids)
-        n_here = leaf.weight.n_out
-        ids = ids - group.rank * n_here
-        here = (ids >= 0) & (ids < n_here)
-        return group.sum(rows_of(table, ids.clamp(0, n_here - 1)) * here[:, None])
+            y = rows_of(table, ids)
+        else:
+            n_here = leaf.weight.n_out
+            ids = ids - group.rank * n_here
+            here = (ids >= 0) & (ids < n_here)
+            y = group.sum(rows_of(table, ids.clamp(0, n_here - 1)) * here[:, None])
+        return y if learned is None else y + learned[self.at.long()]
 
     def linear(self, op: Linear) -> torch.Tensor:
         """See Linear. Where the inputs are divided among ranks, bias and residual come after the sum of all."""
@@ -349,7 +448,9 @@ class Step:
             together = self.get(Columns(q.number, q.begin, v.end))
         else:
             together = torch.cat([self.get(x) for x in (q, k, v)], dim=1)
-        turns = None if spec.rope is None else self.turns_of(spec.rope)
+        turns = None if spec.rope is None else self.runner.turns_of(spec.rope)
+        if self.singles is None and len(self.at) == 1:  # no other row's keys have to be there before
+            return self.kernels.attend(together, self.at, self.table, spec, *cache, turns, fresh=True)
         turned = self.kernels.store(together, self.at, self.table, spec, turns, *cache)
         if self.singles is None:
             return self.kernels.attend(turned, self.at, self.table, spec, *cache)
@@ -363,14 +464,17 @@ class Step:
         """Fills in y, [tokens, heads, head_dim], for the sequences that are attended to as a matrix."""
         for rows, seen, slots in self.sequences:
             at = self.at[rows, None]  # [rows, 1]
-            visible = seen <= at if spec.window is None else (seen <= at) & (seen > at - spec.window)
+            visible = None  # the fastest way is for a prompt's first chunk
+            if spec.window is not None or len(rows) != len(seen):
+                visible = seen <= at if spec.window is None else (seen <= at) & (seen > at - spec.window)
             k, v = (self.kept(part, spec.layer, slots).transpose(0, 1)[None] for part in (0, 1))
             heads = q[rows].transpose(0, 1)[None]  # [1, heads, rows, head_dim]
             if heads.is_cuda and self.runner.pages.dtype == torch.bfloat16:
                 heads, k, v = heads.bfloat16(), k.bfloat16(), v.bfloat16()
-            grouped = spec.n_heads != spec.n_kv_heads
+            # Not all of PyTorch's ways know grouped heads together with masks.
+            k, v = (x.repeat_interleave(spec.n_heads // spec.n_kv_heads, dim=1) for x in (k, v))
             attended = functional.scaled_dot_product_attention(
-                heads, k, v, attn_mask=visible, scale=spec.scale, enable_gqa=grouped
+                heads, k, v, attn_mask=visible, is_causal=visible is None, scale=spec.scale
             )
             y[rows] = attended[0].transpose(0, 1).float()
         return y
@@ -393,9 +497,8 @@ class Step:
         """Cosines and sines `[tokens, pairs]`, by way of float64, which not every device has."""
         if rope not in self.turns:
             at = self.at if self.at.is_cuda else self.at.cpu()
-            angles = at.double()[:, None] * self.runner.frequencies(rope, at.device)
-            cos, sin = ((rope.magnitude * part).float().to(self.at.device) for part in (angles.cos(), angles.sin()))
-            self.turns[rope] = cos, sin
+            cos, sin = turns_at(rope, self.runner.frequencies(rope, at.device), at)
+            self.turns[rope] = cos.to(self.at.device), sin.to(self.at.device)
         return self.turns[rope]
 
     def rotate(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
@@ -407,6 +510,12 @@ class Step:
         y[..., first] = x[..., first] * cos - x[..., second] * sin
         y[..., second] = x[..., second] * cos + x[..., first] * sin
         return y
+
+
+def turns_at(rope: Rope, frequencies: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of positions, `[positions, pairs]`, in float32 by way of float64."""
+    angles = at.double()[:, None] * frequencies
+    return (rope.magnitude * angles.cos()).float(), (rope.magnitude * angles.sin()).float()
 
 
 def kernels_for(device: torch.device) -> Any:

@@ -71,6 +71,16 @@ class Linear:
         return step.linear(self)
 
 
+class Embed:
+    """Rows of a table for the tokens, and of learned positions, if there are."""
+
+    def __init__(self, table: Any) -> None:
+        self.table, self.places = table, None
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        return step.embed(self.table, self.places)
+
+
 class Recorder:
     """Records a model (see ops.Ops) -> `steps`: each is called with a Step, and gives its next value."""
 
@@ -93,10 +103,13 @@ class Recorder:
         return x if isinstance(x, Columns) else self.record(lambda step: step.get(x), x.x.width, x)
 
     def embed(self, table: Any) -> Columns:
-        return self.record(lambda step: step.embed(table), table.weight.n_in)
+        return self.record(Embed(table), table.weight.n_in)
 
     def positions(self, x: X, table: Any) -> Columns:
-        value = self.value(x)
+        value, last = self.value(x), self.steps[-1]
+        if isinstance(last, Embed) and last.places is None and value.number == len(self.steps) - 1:
+            last.places = table
+            return value
         return self.record(lambda step: step.get(value) + step.vector(table)[step.at.long()], value.width, value)
 
     def layer_norm(self, x: X, norm: Module, eps: float) -> X:

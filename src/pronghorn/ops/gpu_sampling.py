@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +19,16 @@ if TYPE_CHECKING:
 REASONS = {-1: "the model's logits are not finite", -2: "no token is left to choose from"}
 
 
-def choose(logits: torch.Tensor, choices: Sequence[Choice], kernels: Any) -> list[Chosen]:
-    """A token for each row of logits: of choices without history, biases and the likeliest tokens' probabilities."""
+def choose(
+    logits: torch.Tensor,
+    choices: Sequence[Choice],
+    kernels: Any,
+    meanwhile: Callable[[torch.Tensor], None] | None = None,
+) -> list[Chosen]:
+    """A token for each row of logits: of choices without history, biases and the likeliest tokens' probabilities.
+
+    `meanwhile` is given the tokens on the device, before they are waited for; it may begin what writes over the logits.
+    """
     left, samplers = logits, [c.sampler for c in choices]
     limited = [(i, s) for i, s in enumerate(samplers) if s.temperature and (s.top_k or s.top_p < 1 or s.min_p)]
     masked = [(i, bytes(c.allowed)) for i, c in enumerate(choices) if c.allowed is not None]
@@ -30,20 +38,43 @@ def choose(logits: torch.Tensor, choices: Sequence[Choice], kernels: Any) -> lis
         keep_only(left[i], allowed(mask, left[i]))
     for i, sampler in limited:
         keep_only(left[i], likely(left[i], sampler))
-    ids = kernels.race(
+    drawn = kernels.race(
         left,
         [1 / s.temperature if s.temperature else 0.0 for s in samplers],
         [s.seed - (s.seed >> 63 << 64) for s in samplers],
         [len(c.history) for c in choices],
     )
-    chances = list[float]()
-    if any(c.n_top is not None for c in choices):
-        chosen = torch.tensor(ids, device=logits.device).clamp(min=0)[:, None]
-        chances = (logits.double().gather(1, chosen)[:, 0] - logits.double().logsumexp(1)).tolist()
+    told = any(c.n_top is not None for c in choices)
+    asked = [drawn]
+    if told:
+        wide = logits.double()
+        asked.append(wide.gather(1, drawn.long().clamp(min=0)[:, None])[:, 0] - wide.logsumexp(1))
+    came = fetch(asked)
+    if meanwhile:
+        meanwhile(drawn)
+    ids, *more = came()
+    chances = more[0] if told else []
     return [
         REASONS.get(token) or (token, [] if c.n_top is None else [(token, chances[i])])
         for i, (c, token) in enumerate(zip(choices, ids, strict=True))
     ]
+
+
+def fetch(tensors: Sequence[torch.Tensor]) -> Callable[[], list[list[Any]]]:
+    """Has tensors copied to the host -> what waits for that, and for nothing that is begun later, and gives them."""
+    if not tensors[0].is_cuda:
+        return lambda: [t.tolist() for t in tensors]
+    there = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+    for target, source in zip(there, tensors, strict=True):
+        target.copy_(source, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[list[Any]]:
+        done.synchronize()
+        return [t.tolist() for t in there]
+
+    return wait
 
 
 def keep_only(row: torch.Tensor, wanted: torch.Tensor) -> None:

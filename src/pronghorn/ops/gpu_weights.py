@@ -252,7 +252,8 @@ class Weights:
             return packed(values, form) if self.kernels and w.n_in % chunk == 0 else values.contiguous()
         codes, scales, minima = quantized(w, self.device) if isinstance(w, Unquantized) else codes_of(w, self.device)
         zero = 128 if form == "int8" else 8 if minima is None else 0
-        if self.kernels and w.n_in % chunk == 0 and w.group % chunk == 0:
+        chunks = w.group // chunk
+        if self.kernels and w.n_in % chunk == 0 and w.group % chunk == 0 and chunks & (chunks - 1) == 0:
             if minima is not None:
                 scales = torch.stack((scales, minima), dim=2).view(len(codes), -1).view(torch.int32)
             return packed(codes, form, scales=scales, group=w.group, zero=zero)
