@@ -76,9 +76,9 @@ def quantize(
     later the stronger (see `choose`). `calibration`: token ids, of which `windows` windows are used, by one of METHODS
     (default: scale+gptq for int8, gptq for int4, which scales make worse); None rounds to the nearest. `passes` over
     them (default: PASSES) are made by methods that tune. What was done stands in config.json, as "_quantized".
-    Instead of a format, `target_bpw` (bits a weight at most, of all matrices) or `max_kl` (KL divergence from the source
-    at most, in nats) has it chosen for each part of a block, as pronghorn.mixing says; the first MEASURED windows are
-    for that alone.
+    Instead of a format, `target_bpw` (bits a weight at most, of all matrices) or `max_kl` (KL divergence from the
+    source at most, in nats) has it chosen for each part of a block, as pronghorn.mixing says; the first MEASURED
+    windows are for that alone.
     Raises ParameterError for options that do not fit, CheckpointError for what is wrong in the source.
     """
     path, options = Path(destination), options or Options()

@@ -30,11 +30,10 @@ from pronghorn.weights.types import Module
 
 try:
     import torch
+    from torch import Tensor
     from torch.nn import functional
 except ImportError as error:
     raise ParameterError("tuning needs PyTorch: pip install 'pronghorn[gpu]'") from error
-
-Tensor = torch.Tensor
 
 RATE = 1e-3
 """Of Adam, at the beginning (it falls to 0 as a cosine), in parts of what each number began as; see Trained, Vector."""
@@ -95,7 +94,7 @@ class Vector:
         return self.start + self.unit * self.change
 
 
-class Product(torch.autograd.Function):
+class Product(torch.autograd.Function):  # type: ignore[misc]
     """x @ w.T of codes, which are widened for each use and not kept."""
 
     @staticmethod
@@ -141,7 +140,7 @@ class TuningOps:
         self, x: Tensor, module: Module, activation: str | None = None, residual: Tensor | None = None
     ) -> Tensor:
         w, bias = module.weight, module.get("bias")
-        y: Any = Product.apply(self.rounded(x, w.target.group), *w.parts(), w.q) if isinstance(w, Trained) else x @ w.T  # type: ignore[no-untyped-call]
+        y: Any = Product.apply(self.rounded(x, w.target.group), *w.parts(), w.q) if isinstance(w, Trained) else x @ w.T
         if bias is not None:
             y = y + bias.value()
         if activation is not None:
