@@ -286,7 +286,7 @@ def parser() -> argparse.ArgumentParser:
     text = "a text, or token ids in a .npy file, to quantize for (default: none, and rounding to the nearest)"
     add.add_argument("--calibrate", metavar="FILE", help=text)
     text = "for it: gptq (the default for int4), scale (channels; the fastest), scale+gptq (the default for int8); "
-    text += "gptq+tune or scale+gptq+tune (trains scales, minima and norms afterwards; needs PyTorch: pronghorn[gpu])"
+    text += "gptq+tune or scale+gptq+tune (then trains scales, minima, norms: for int4; needs PyTorch: pronghorn[gpu])"
     add.add_argument("--method", metavar="HOW", help=text)
     add.add_argument("--windows", type=int, metavar="N", help="of it, from the beginning (default: 64)")
     add.add_argument("--window", type=int, metavar="N", help="tokens in each (default: 512)")

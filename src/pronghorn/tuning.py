@@ -36,7 +36,8 @@ except ImportError as error:
     raise ParameterError("tuning needs PyTorch: pip install 'pronghorn[gpu]'") from error
 
 RATE = 1e-3
-"""Of Adam, at the beginning (it falls to 0 as a cosine), in parts of what each number began as; see Trained, Vector."""
+"""Of Adam, at the beginning (it falls to 0 as a cosine), in parts of what each number began as, where codes have
+4 bits; of 8, there is less to mend, and it is less by as much as the codes are finer."""
 SPREAD = 4  # codes' distance from the middle, roughly: it makes a step of a minimum as large as one of a scale
 
 
@@ -49,19 +50,27 @@ class Trained:
 
     def __init__(self, codes: Codes, target: Target) -> None:
         self.target, (self.n_out, self.n_in) = target, codes.q.shape
+        low, high = limits(target)
         self.group = target.group or self.n_in
         q = np.pad(codes.q, ((0, 0), (0, -self.n_in % self.group)))
         self.q = torch.from_numpy(q.reshape(self.n_out, -1, self.group))  # [n_out, groups, group]
-        self.middle = sum(limits(target)) / 2 if has_minimum(target) else 0.0
+        self.middle = (low + high) / 2 if has_minimum(target) else 0.0
+        self.unit = self.unit_of(target)
         self.start = torch.from_numpy(codes.scale.copy())
         self.centre = torch.from_numpy(codes.minimum + np.float32(self.middle) * codes.scale)
         self.change = torch.zeros_like(self.start).requires_grad_()
         self.shift = torch.zeros_like(self.start).requires_grad_(has_minimum(target))
         self.free = [part for part in (self.change, self.shift) if part.requires_grad]
 
+    @staticmethod
+    def unit_of(target: Target) -> float:
+        """1 for codes of 4 bits, less for finer ones."""
+        low, high = limits(target)
+        return 16 / (high - low + 1)
+
     def parts(self) -> tuple[Tensor, Tensor]:
         """The scales and the minima now, [n_out, groups]."""
-        scale = self.start * (1 + self.change)
+        scale = self.start * (1 + self.unit * self.change)
         centre = self.centre + self.shift * SPREAD * self.start
         return scale, centre - self.middle * scale
 
@@ -81,11 +90,11 @@ class Trained:
 
 
 class Vector:
-    """A norm's weight, or a bias: it moves in parts of its root mean square."""
+    """A norm's weight, or a bias: it moves in parts of its root mean square, times `unit`."""
 
-    def __init__(self, start: Floats) -> None:
+    def __init__(self, start: Floats, unit: float) -> None:
         self.start = torch.from_numpy(start.copy())
-        self.unit = float(np.sqrt((start**2).mean()))
+        self.unit = unit * float(np.sqrt((start**2).mean()))
         self.change = torch.zeros_like(self.start).requires_grad_()
         self.free = [self.change]
 
@@ -216,11 +225,12 @@ class Student:
         self, model: Model, codes: Mapping[str, Codes], formats: Mapping[str, Target], load: Callable[[str], Floats]
     ) -> None:
         self.model, self.leaves = model, dict[str, Any]()
+        unit = max((Trained.unit_of(target) for target in formats.values()), default=1.0)
         for name, parameter in model.parameters().items():
             if name in codes:
                 self.leaves[name] = Trained(codes[name], formats[name])
             elif parameter.kind == "vector":
-                self.leaves[name] = Vector(load(name))
+                self.leaves[name] = Vector(load(name), unit)
             else:
                 self.leaves[name] = torch.from_numpy(load(name).copy())
         self.named = Module.of(self.leaves)
