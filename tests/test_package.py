@@ -28,7 +28,7 @@ FLOORS = [
     ("llm",),
     ("async_llm", "batch", "bench", "convert", "harness"),
     ("evaluate", "serve"),
-    ("mixing", "scaling"),
+    ("mixing", "scaling", "tuning"),
     ("quantize",),
     ("cli",),
 ]

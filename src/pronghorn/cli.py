@@ -296,10 +296,12 @@ def quantize_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--keep", type=utf8, action="append", default=[], metavar="WHICH=FORMAT", help=text)
     text = "a text, or token ids in a .npy file, to quantize for (default: none, and rounding to the nearest)"
     add.add_argument("--calibrate", metavar="FILE", help=text)
-    text = "for it: gptq (the default for int4), scale (channels; the fastest), scale+gptq (the default for int8)"
+    text = "for it: gptq (the default for int4), scale (channels; the fastest), scale+gptq (the default for int8); "
+    text += "gptq+tune or scale+gptq+tune (then trains scales, minima, norms: for int4; needs PyTorch: pronghorn[gpu])"
     add.add_argument("--method", metavar="HOW", help=text)
     add.add_argument("--windows", type=int, metavar="N", help="of it, from the beginning (default: 64)")
     add.add_argument("--window", type=int, metavar="N", help="tokens in each (default: 512)")
+    add.add_argument("--passes", type=int, metavar="N", help="of +tune over these windows (default: 4)")
     add.add_argument("--damp", type=float, help="added to the Hessian's diagonal (default: 0.01 of its mean)")
     add.add_argument("--block", type=int, help="inputs whose error is passed on at once (default: 128)")
     add.add_argument("--act-order", action="store_true", help="the inputs with the largest activations first")

@@ -4,9 +4,10 @@ Without a text, each weight is rounded to the nearest (weights.gptq.nearest). Wi
 it, all at once. First as it is, if channels are to be scaled by what is seen of them (pronghorn.scaling). Then, when a
 linear layer's turn comes, its inputs have passed the quantized layers before it, rounded to 8 bits as the kernels
 will, and GPTQ rounds its weights for these inputs. A head that is the embedding is quantized for the inputs that it has
-without quantization.
+without quantization. At last, if asked for, what rounding leaves free is trained (pronghorn.tuning, with PyTorch).
 
-Memory is bounded by one layer, and by the activations: some 16 bytes for each token and each value of the widest.
+Without that, memory is bounded by one layer, and by the activations: some 16 bytes for each token and each value of the
+widest.
 """
 
 # NumPy's stubs type most arithmetic as Any.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,7 @@ from pronghorn.text import open_tokenizer
 from pronghorn.weights import open_checkpoint, open_source
 from pronghorn.weights.files import fail, shown
 from pronghorn.weights.gptq import Options, gptq, nearest
-from pronghorn.weights.packing import Array, Floats, pack
+from pronghorn.weights.packing import Array, Codes, Floats, pack
 from pronghorn.weights.quantize import FORMATS, Target, packed_bytes, prepare
 from pronghorn.weights.types import DENSE, Module
 from pronghorn.weights.writing import Part, safetensors_file
@@ -42,9 +44,11 @@ from pronghorn.weights.writing import Part, safetensors_file
 if TYPE_CHECKING:
     import argparse
 
-METHODS = ("gptq", "scale", "scale+gptq")
-"""What is done with a text: scales of channels (pronghorn.scaling), GPTQ (weights.gptq), or one after the other."""
+METHODS = ("gptq", "scale", "scale+gptq", "gptq+tune", "scale+gptq+tune")
+"""What is done with a text: scales of channels (pronghorn.scaling), GPTQ (weights.gptq), and training of what is left
+free (pronghorn.tuning), one after the other."""
 MEASURED = 2  # windows that a budget is measured on
+PASSES = 4  # of tuning, over all windows
 TRIES = 3  # at a budget of KL
 ROWS = 4096  # of activations that are taken at a time
 
@@ -61,6 +65,7 @@ def quantize(
     method: str | None = None,
     windows: int = 64,
     window: int = 512,
+    passes: int | None = None,
     options: Options | None = None,
     force: bool = False,
 ) -> list[str]:
@@ -68,10 +73,11 @@ def quantize(
 
     `format` is one of weights.quantize.FORMATS (default: int4-g64); `keep` names what has another, (which, format), the
     later the stronger (see `choose`). `calibration`: token ids, of which `windows` windows are used, by one of METHODS
-    (default: scale+gptq for int8, gptq for int4, which scales make worse); None rounds to the nearest. What was done
-    stands in config.json, as "_quantized". Instead of a format, `target_bpw` (bits a weight at most, of all matrices)
-    or `max_kl` (KL divergence from the source at most, in nats) has it chosen for each part of a block, as
-    pronghorn.mixing says; the first MEASURED windows are for that alone.
+    (default: scale+gptq for int8, gptq for int4, which scales make worse); None rounds to the nearest. `passes` over
+    them (default: PASSES) are made by methods that tune. What was done stands in config.json, as "_quantized".
+    Instead of a format, `target_bpw` (bits a weight at most, of all matrices) or `max_kl` (KL divergence from the
+    source at most, in nats) has it chosen for each part of a block, as pronghorn.mixing says; the first MEASURED
+    windows are for that alone.
     Raises ParameterError for options that do not fit, CheckpointError for what is wrong in the source.
     """
     path, options = Path(destination), options or Options()
@@ -85,6 +91,13 @@ def quantize(
     format = format or "int4-g64"
     method = method or ("scale+gptq" if format.startswith("int8") else "gptq")
     check(options, format, keep, windows, window, method)
+    if "tune" in method:
+        passes = PASSES if passes is None else passes
+        if passes < 1:
+            raise ParameterError(f"passes is {passes}: expected at least 1")
+        import_module("pronghorn.tuning")  # which says so if there is no PyTorch: before the hours, not after
+    elif passes is not None:
+        raise ParameterError(f"passes is for methods that tune, and this is {method}")
     checkpoint = open_for(source, path, folder=True, force=force)
     old, tensors = model_of(checkpoint)
     formats = choose(old, format, keep)
@@ -99,6 +112,7 @@ def quantize(
     how = "rounded to the nearest (no text to calibrate with)"
     if tokens is not None:
         how = f"by {method}, for {len(tokens)} windows of {tokens.shape[1]} tokens"
+        how += f", tuned in {passes} passes" if passes else ""
     checkpoint = checkpoint._replace(config=checkpoint.config | {"_quantized": how})
     remarks: list[str] = []
 
@@ -108,7 +122,7 @@ def quantize(
             if tokens is None:
                 work.nearest()
             else:
-                work.calibrated(tokens, method)
+                work.calibrated(tokens, method, passes)
         remarks[:] = [f"{work.bits():.3f} bits a weight, {how}"]
 
     def write(file: Path, model: Model) -> None:
@@ -250,6 +264,7 @@ class Work:
     ) -> None:
         self.model, self.arranged, self.formats, self.options = model, arranged, formats, options
         self.scaling: Scaling | None = None
+        self.codes: dict[str, Codes] | None = None  # of what has been rounded, if it is needed again
         self.parameters = model.parameters()
         self.parts: dict[str, Part] = {}
         for name, item in arranged.items():
@@ -270,23 +285,42 @@ class Work:
         with self.bar(1) as bar:
             self.plainly(bar)
 
-    def calibrated(self, tokens: NDArray[np.int64], method: str) -> None:
+    def calibrated(self, tokens: NDArray[np.int64], method: str, passes: int | None = None) -> None:
         """The same, for the inputs that tokens [windows, window] give, by one of METHODS."""
         handles = Module.of({name: name for name in self.parameters})
         tied = self.model.config.tied and self.model.EMBEDDING in self.packed and "gptq" in method
         scaling = Scaling(self.model, self.formats, self.load) if "scale" in method else None
-        with self.bar(1 + (tied or scaling is not None)) as bar:
-            head = None
-            if tied or scaling:
+        first = tied or scaling is not None or passes is not None
+        with self.bar(1 + first) as bar:
+            head, taught = None, None
+            if first:
                 exact = Calibration(self, tokens, bar, quantizes=False, scaling=scaling)
                 x = self.model.forward(exact, handles)
                 head = exact.inputs(x, self.formats[self.model.EMBEDDING])[1] if tied else None
+                if passes is not None:
+                    taught = x, self.load(self.model.EMBEDDING if self.model.config.tied else "lm_head.weight")
+                    self.codes = {}
                 self.scaling = scaling
             if "gptq" in method:
                 self.dense()
                 self.model.forward(Calibration(self, tokens, bar, quantizes=True, head=head), handles)
             else:
                 self.plainly(bar)
+        if taught and passes:
+            self.tune(tokens, *taught, passes)
+
+    def tune(self, tokens: NDArray[np.int64], hidden: Floats, head: Floats, passes: int) -> None:
+        """Trains what has been written (see Student.learn), and writes it again."""
+        from pronghorn.tuning import Student
+
+        targets = {name: FORMATS[self.formats[name]] for name in self.packed}
+        student = Student(self.model, self.codes or {}, targets, self.load)
+        self.codes = None
+        student.learn(tokens, hidden, head, passes)
+        for name, codes in student.codes().items():
+            self.put(self.parts[name], pack(codes, targets[name]))
+        for name, values in student.vectors().items():
+            self.put(self.parts[name], self.cast(name, values))
 
     def dense(self) -> None:
         """Writes what is not quantized."""
@@ -296,8 +330,12 @@ class Work:
 
     def scaled(self, name: str, dtype: str) -> memoryview:
         """The bytes of a weight that is not quantized, with its scales."""
-        w = flat(self.load(name).T if self.parameters[name].transposed else self.load(name))
-        return w if dtype == "f32" else self.arranged[name].cast(w, "f32", dtype)
+        return self.cast(name, self.load(name).T if self.parameters[name].transposed else self.load(name), dtype)
+
+    def cast(self, name: str, values: Floats, dtype: str | None = None) -> memoryview:
+        """The bytes of numbers in a weight's dtype, or another."""
+        dtype = dtype or self.parts[name].dtype
+        return flat(values) if dtype == "f32" else self.arranged[name].cast(flat(values), "f32", dtype)
 
     def plainly(self, bar: Any) -> None:
         """Writes all, each weight rounded by itself."""
@@ -327,6 +365,8 @@ class Work:
             tensor = self.arranged[name].tensor
             raise CheckpointError(f"tensor {tensor.name} ({tensor.dtype}) {error}") from None
         self.put(self.parts[name], pack(codes, target))
+        if self.codes is not None:
+            self.codes[name] = codes
         bar.update(w.size)
         return codes.values(target)
 
@@ -447,11 +487,11 @@ def run(args: argparse.Namespace) -> list[str]:
             raise ParameterError(f"--keep {shown(entry)}: expected WHICH=FORMAT, such as head=int8-g64")
         keep.append((which, format))
     token_ids = None if args.calibrate is None else tokens_of(args.source, args.calibrate)
-    given = {name: getattr(args, name) for name in ("method", "windows", "window", *Options._fields)}
+    given = {name: getattr(args, name) for name in ("method", "windows", "window", "passes", *Options._fields)}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     if given and token_ids is None:
         raise ParameterError(f"--{next(iter(given)).replace('_', '-')} is for --calibrate")
-    how = {name: given.pop(name) for name in ("method", "windows", "window") if name in given}
+    how = {name: given.pop(name) for name in ("method", "windows", "window", "passes") if name in given}
     return quantize(
         args.source, args.destination, args.format, target_bpw=args.target_bpw, max_kl=args.max_kl, keep=keep,
         calibration=token_ids, options=Options(**given), force=args.force, **how,
