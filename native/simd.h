@@ -64,7 +64,8 @@ inline float from_f16(u16 v) {
 // (w + kBytesOffset - 128) and a ByteQuad, four inputs within +-127; dot_nibbles those of weights up to 15, at most
 // eight times between begin_nibbles(sum) and end_nibbles(sum, n). All are exact.
 //
-// transpose: rows of 16 pairs of bf16 to columns, v[j] gets pair j of each row. load_transposed: from memory.
+// With tiles also: transpose, rows of 16 pairs of bf16 to columns, v[j] gets pair j of each row; load_transposed, the
+// same from memory.
 //
 // With VDPBF16PS also: dot_pairs adds to each sum the product of the odd, then of the even halves; zip_halves pairs the
 // halves of two rows, which leaves the outputs in an order that unzip_quads undoes.
