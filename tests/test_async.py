@@ -183,6 +183,10 @@ def test_a_full_queue_refuses(llm: LLM) -> None:
                     await engine.submit("a")
                 with pytest.raises(QueueFull):
                     await engine.generate("a", SamplingParams(n=2))
+                await streams[0].aclose()  # whose place is free at once, though the step goes on
+                streams.append(await engine.submit("a", FOREVER))
+                with pytest.raises(QueueFull, match="66 samples"):
+                    await engine.submit("a")
             for stream in streams:
                 await stream.aclose()
             assert len((await engine.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))).token_ids) == 3

@@ -167,7 +167,8 @@ class AsyncLLM:
             raise ShuttingDown("no more requests are taken")
         if self.max_waiting is not None:
             n_new = (params.best_of or params.n) if isinstance(params, SamplingParams) else 1
-            n_there, room = self.llm.n_unfinished(), self.max_sequences + self.max_waiting
+            n_there = self.llm.n_unfinished() - self.llm.n_cancelled()
+            room = self.max_sequences + self.max_waiting
             if n_there + n_new > room:
                 raise QueueFull(f"{n_there} samples run or wait, and at most {room} may: try again later")
 

@@ -465,6 +465,10 @@ class LLM:
             return 0
         return len(engine.scheduler.running) + len(engine.scheduler.waiting) + len(self._came)
 
+    def n_cancelled(self) -> int:
+        """Samples among the unfinished that nobody wants any more, and that end with the step that is running."""
+        return sum(request.finish_reason is None for request in {*self._ended})
+
     @property
     def max_sequences(self) -> int:
         """Samples that run at once; others wait."""
