@@ -168,88 +168,134 @@ def fewer_programs() -> None:
     gpu_kernels.SPLITS = 2
 
 
+class Compiled:
+    """Takes the place of a kernel: compiles what is launched for compute capability 9.0, once, and runs nothing."""
+
+    def __init__(self, kernel: Any, done: dict[str, Any]) -> None:
+        self.kernel, self.done = kernel, done
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return self.compile
+
+    def compile(self, *arguments: Any, **constants: Any) -> None:
+        import torch
+        import triton
+
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+        names |= {torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
+        options = {name: constants.pop(name) for name in {"num_warps", "enable_fp_fusion"} & set(constants)}
+        constants["OVERLAP"] = True
+        signature: dict[str, str] = {}
+        aligned = {}
+        for i, (parameter, value) in enumerate(zip(self.kernel.params, arguments, strict=False)):
+            special = not parameter.do_not_specialize
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = f"*{names[value.dtype]}"
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if value is None or (special and type(value) is int and value == 1):
+                constants[parameter.name] = value
+            elif isinstance(value, torch.Tensor) or (special and type(value) is int and value % 16 == 0):
+                aligned[(i,)] = [["tt.divisibility", 16]]
+        signature |= dict.fromkeys(constants, "constexpr")
+        signature = {name: signature[name] for name in self.kernel.arg_names}
+        key = f"{self.kernel.__name__} {signature} {constants} {sorted(aligned)} {options}"
+        if key not in self.done:
+            source = triton.compiler.ASTSource(self.kernel, signature, constexprs=constants, attrs=aligned)
+            target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+            self.done[key] = triton.compile(source, target=target, options=options | {"launch_pdl": True})
+            assert self.done[key].metadata.shared <= 227 << 10, key
+            if self.kernel.__name__ == "matvec_kernel" and constants["ROWS"] == 1:
+                n_loads = constants["BLOCK_N"] * (1 + constants["GATE"])
+                assert self.done[key].asm["ptx"].count("ld.global.v4.b32") >= n_loads, key
+                assert ".local" not in self.done[key].asm["ptx"], key
+
+
 @needs_triton
 @pytest.mark.parametrize(
-    ("format", "group", "norm", "gate"),
-    [("bf16", 0, "", False), ("bf16", 0, "rms", True), ("int8", 0, "layer", False), ("int4", 32, "rms", True)],
+    ("name", "format", "group", "kv_dtype", "rows"),
+    [
+        ("llama-2-7b", "bf16", 0, "bf16", (1,)),
+        ("llama-2-7b", "int8", 0, "bf16", (1, 128)),
+        ("llama-2-7b", "int4", 32, "bf16", (1,)),
+        ("llama-3.1-8b", "int4", 32, "int8", (1,)),
+        ("llama-3.1-8b", "int4", 256, "bf16", (1,)),
+        ("llama-3.2-1b", "bf16", 0, "bf16", (1,)),
+        ("gpt2", "bf16", 0, "bf16", (1,)),
+        ("gpt2", "int8", 64, "f32", (2, 128)),
+        ("gpt2", "int4", 32, "f32", (4, 128)),
+        ("gpt2-xl", "int4", 32, "bf16", (1,)),
+        ("llama-2-70b", "int4", 64, "bf16", (1,)),
+    ],
 )
-def test_products_compile_for_a_gpu_with_wide_loads(format: str, group: int, norm: str, gate: bool) -> None:
-    """Compiled for compute capability 9.0: weights are loaded 16 bytes at once, and registers are not spilled."""
-    import triton
+def test_steps_compile_for_a_gpu(
+    name: str, format: str, group: int, kv_dtype: str, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of full-size models, on tensors without memory: every kernel fits a program's 227 KiB of shared memory.
 
+    Of one row, products load weights 16 bytes at once, and spill no registers.
+    """
+    import torch
+
+    from pronghorn.models import model_for
+    from pronghorn.ops import gpu
     from pronghorn.ops import gpu_kernels as kernels
-    from pronghorn.ops.gpu_weights import FIELDS
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("nothing is compiled with TRITON_INTERPRET=1")
-    block_n, block_w, warps = kernels.LAYOUTS[format]
-    constants: dict[str, Any] = {
-        "NORM": norm, "ACTIVATION": "silu", "GATE": gate, "FORMAT": format, "GROUP": group, "MINIMA": group > 0,
-        "ZERO": 0, "FIELDS": FIELDS[format], "ROWS": 1, "BLOCK_N": block_n, "BLOCK_W": block_w, "BLOCK_X": 4096,
-        "bias": None, "residual": None, "OVERLAP": True, "AHEAD": kernels.AHEAD,
-    }  # fmt: skip
-    constants |= {} if format.startswith("int") else {"scales": None}
-    constants |= {} if norm else {"norm_weight": None}
-    constants |= {} if norm == "layer" else {"norm_bias": None}
-    pointers = {"words": "*i32", "scales": "*i32" if group else "*fp32"}
-    floats = ("x", "norm_weight", "norm_bias", "out")
-    kernel: Any = kernels.matvec_kernel
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name) or ("*fp32" if name in floats else "i32")
-        for name in kernel.arg_names
-    } | {"eps": "fp32"}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name] not in ("constexpr", "fp32") and name not in ("rows", "magic", "group_bits")
-    }
-    source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    options = {"num_warps": warps, "enable_fp_fusion": True, "launch_pdl": True}
-    compiled = triton.compile(source, target=target, options=options)
-    assert compiled.asm["ptx"].count("ld.global.v4.b32") >= block_n * (2 if gate else 1)
-    assert ".local" not in compiled.asm["ptx"]
+    done: dict[str, Any] = {}
+    for kernel in ("matvec", "matmul", "embed", "store", "attend", "race", "finish"):
+        monkeypatch.setattr(kernels, f"{kernel}_kernel", Compiled(getattr(kernels, f"{kernel}_kernel"), done))
+    monkeypatch.setattr(gpu, "kernels_for", lambda device: kernels)
+    config = bench().config_of(name)
+    config = config | dict.fromkeys({"n_layer", "num_hidden_layers"} & set(config), 1)
+    model = model_for(config)
+    weights = bench().random_weights(model, format, group, "meta")
+    runner = gpu.TorchRunner(model, weights, n_pages=64, kv_dtype=kv_dtype, device="meta")
+    for n in rows:
+        zeros = torch.zeros(n, dtype=torch.int32, device="meta")
+        logits = gpu.Step(runner, zeros, zeros, zeros[:, None].expand(n, runner.width).contiguous()).run()
+        assert logits.shape == (n, model.config.vocab_size)
+    kinds = {key.split()[0] for key in done}
+    assert kinds >= {"matvec_kernel", "embed_kernel", "attend_kernel"}
+    assert ("matmul_kernel" in kinds) == (max(rows) > 8 and format != "bf16")
 
 
 @needs_triton
-@pytest.mark.parametrize(("format", "group"), [("int8", 0), ("int8", 64), ("int4", 32)])
-def test_products_of_many_rows_fit_the_shared_memory(format: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of compute capability 9.0, 227 KiB for a program: prompts' products are compiled as they would be launched."""
+def test_the_race_compiles_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
-    import triton
 
     from pronghorn.ops import gpu_kernels as kernels
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("nothing is compiled with TRITON_INTERPRET=1")
-    launched: dict[str, Any] = {}
+    done: dict[str, Any] = {}
+    for kernel in ("race", "finish"):
+        monkeypatch.setattr(kernels, f"{kernel}_kernel", Compiled(getattr(kernels, f"{kernel}_kernel"), done))
+    kernels.race(torch.empty(3, 128256), [0.0] * 3, [1] * 3, [2] * 3)
+    assert len(done) == 2
 
-    class Launch:
-        def __getitem__(self, grid: object) -> Callable[..., None]:
-            return lambda *arguments, **constants: launched.update(constants)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(kernels, "matmul_kernel", Launch())
-        w = bench().random_packed(256, 4096, format, group, "cpu")
-        kernels.matmul(torch.zeros(512, 4096), w)
-    kernel: Any = kernels.matmul_kernel
-    options = {name: launched.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    pointers = {
-        "x": "*bf16",
-        "codes": "*u8",
-        "out": "*fp32",
-        "scales": f"*{'i32' if w.minima else 'fp16' if group else 'fp32'}",
-    }
-    signature = {name: "constexpr" if name in launched else pointers.get(name, "i32") for name in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name] != "constexpr" and name not in ("rows", "n_groups")
-    }
-    source = triton.compiler.ASTSource(kernel, signature, constexprs=launched, attrs=aligned)
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    compiled = triton.compile(source, target=target, options=options)
-    assert compiled.metadata.shared <= 227 << 10
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_the_devices_memory_holds_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU, not of this machine; what its weights will take is not free."""
+    import torch
+
+    from pronghorn.llm import memory_of, pages_for, total_bytes
+
+    with LLM(save_tiny(tmp_path), device="torch:cpu") as llm:
+        weights = llm._weights
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {"cuda:1": (2**30, 2**60)}[device])
+    assert total_bytes(weights.values()) > 10_000
+    memory = memory_of("cuda:1", weights)
+    assert memory == (2**60, 2**30 - total_bytes(weights.values()))
+    assert pages_for(2**20, 64, 16, 2**50, memory) == 2**25
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(ParameterError, match="device is 'cuda'"):
+            LLM(tmp_path, device="cuda")
 
 
 # --- quantizing ----------------------------------------------------------------------------------------------------

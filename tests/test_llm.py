@@ -596,8 +596,9 @@ def test_kv_memory(tiny: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, tiny], env=environment, capture_output=True, text=True)
     assert "no room for 1073741824 bytes of keys and values" in done.stderr
     assert "choose a smaller kv_memory" in done.stderr
-    assert pages_for(1, 10, 3, None) == 3
-    assert pages_for(2**50, 33, 3, None) == 2  # a full context always, whatever is free now
+    assert pages_for(1, 320, 3, None, (2**40, 2**30)) == 30
+    assert pages_for(2**10, 320, 3, None, (2**40, 2**21)) == 16  # a quarter of what is free
+    assert pages_for(2**50, 33, 3, None, (2**40, 0)) == 2  # a full context always, whatever is free now
 
 
 def test_info(llm: LLM) -> None:

@@ -79,8 +79,8 @@ def twin(values: np.ndarray, target: quantize.Target) -> np.ndarray:
 
 TARGETS = [
     quantize.Target("int8"),
-    *(quantize.Target("int8", group) for group in (32, 64, 128)),
-    *(quantize.Target("int4", group, symmetric) for group in (32, 64, 128) for symmetric in (False, True)),
+    *(quantize.Target("int8", group) for group in quantize.GROUPS),
+    *(quantize.Target("int4", group, symmetric) for group in quantize.GROUPS for symmetric in (False, True)),
 ]
 
 

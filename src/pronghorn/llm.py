@@ -127,10 +127,12 @@ class LLM:
         if kv_dtype == "auto":
             kv_dtype = kv_dtype_for(weights)
         self.kv_dtype = kv_dtype
-        sequences = SEQUENCES if device == "cpu" else 1
+        # All ranks must have as many pages, and the slow devices have no streams to serve.
+        sequences = SEQUENCES if device == "cpu" or (device.startswith("cuda") and not self._group) else 1
         token_bytes = kv_bytes(config, kv_dtype)
         all_bytes = token_bytes + (runs_ahead.token_bytes(kv_dtype) if runs_ahead else 0)
-        n_pages = pages_for(all_bytes, config.context, sequences, kv_memory)
+        memory = memory_of(device, weights)
+        n_pages = pages_for(all_bytes, config.context, sequences, kv_memory, memory)
         try:
             more = {"group": self._group, "waits": draft is not None, "ahead": draft is None}
             runner = runner_for(ranked, Module.of(weights), device, threads, n_pages, kv_dtype, **more)
@@ -817,17 +819,31 @@ def kv_bytes(config: Config, kv_dtype: str) -> int:
     return 2 * config.n_layers * config.n_kv_heads * head
 
 
-def pages_for(token_bytes: int, context: int, sequences: int, kv_memory: int | None) -> int:
+def memory_of(device: str, weights: Mapping[str, Matrix | Unquantized]) -> tuple[int, int]:
+    """Bytes of memory where a device's keys and values lie: all, and those that are free beside its weights."""
+    if not device.startswith("cuda"):
+        return physical_memory(), free_memory()
+    try:
+        import torch
+
+        free, there = torch.cuda.mem_get_info(device)
+    except (ImportError, RuntimeError, AssertionError):  # there is no such device: who makes the runner says so
+        return sys.maxsize, 0
+    return there, max(free - total_bytes(weights.values()), 0)
+
+
+def pages_for(token_bytes: int, context: int, sequences: int, kv_memory: int | None, memory: tuple[int, int]) -> int:
     """Pages of KV cache: what `kv_memory` holds; or else a full context's, however little memory there is.
 
-    `sequences` full contexts have room where they need no more than a quarter of the free memory.
+    `sequences` full contexts have room where they need no more than a quarter of the free `memory` (see memory_of).
     """
     page_bytes, full = token_bytes * PAGE, -(-context // PAGE)
+    there, free = memory
     if kv_memory is None:
-        return max(full, min(free_memory() // 4 // page_bytes, sequences * full))
+        return max(full, min(free // 4 // page_bytes, sequences * full))
     kv_memory = int(kv_memory)
-    if kv_memory > physical_memory():
-        raise ParameterError(f"kv_memory is {kv_memory}: this machine has {physical_memory()} bytes")
+    if kv_memory > there:
+        raise ParameterError(f"kv_memory is {kv_memory}: this machine has {there} bytes")
     if kv_memory < page_bytes:
         raise ParameterError(f"kv_memory is {kv_memory}: {PAGE} tokens alone need {page_bytes} bytes")
     return kv_memory // page_bytes
@@ -847,8 +863,12 @@ def weights_read(model: Model, weights: Mapping[str, T]) -> dict[str, T]:
 
 def bytes_read(model: Model, weights: Mapping[str, Matrix | Unquantized]) -> int:
     """Bytes of weights that decoding a token reads."""
-    read = weights_read(model, weights).values()
-    return sum(weight.nbytes if isinstance(weight, Unquantized) else weight.data.nbytes for weight in read)
+    return total_bytes(weights_read(model, weights).values())
+
+
+def total_bytes(weights: Iterable[Matrix | Unquantized]) -> int:
+    """Bytes of weights as they are run."""
+    return sum(weight.nbytes if isinstance(weight, Unquantized) else weight.data.nbytes for weight in weights)
 
 
 def describe(checkpoint: Checkpoint, dtype: str = "auto", *, sparsity: bool = False) -> dict[str, Any]:

@@ -205,9 +205,9 @@ const std::vector<Shape>& shapes() {
     std::vector<Shape> list;
     for (Format format : {Format::f32, Format::f16, Format::bf16})
       for (Order order : {Order::out_in, Order::in_out}) list.push_back({format, order, 0, false});
-    for (i64 group : {0, 32, 64, 128}) list.push_back({Format::int8, Order::packed, group, false});
+    for (i64 group : {0, 32, 64, 128, 256}) list.push_back({Format::int8, Order::packed, group, false});
     for (bool symmetric : {false, true})
-      for (i64 group : {32, 64, 128}) list.push_back({Format::int4, Order::packed, group, symmetric});
+      for (i64 group : {32, 64, 128, 256}) list.push_back({Format::int4, Order::packed, group, symmetric});
     return list;
   }();
   return all;
@@ -558,7 +558,7 @@ void test_quantize_rows(const Kernels& kernels, Report& report) {
   Random random(11);
   for (int trial = 0; trial < 600; ++trial) {
     const i64 n_in = trial < 200 ? trial + 1 : random.pick<i64>({768, 1027, 4096, random.in(1, 300)});
-    const i64 group = random.pick<i64>({0, 32, 64, 128}), n_groups = group ? div_up(n_in, group) : 1;
+    const i64 group = random.pick<i64>({0, 32, 64, 128, 256}), n_groups = group ? div_up(n_in, group) : 1;
     const i64 n_rows = random.in(1, 6), x_stride = n_in + random.in(0, 3), stride = round_up(n_in, 64);
     Floats x(n_rows * x_stride, Role::input, random.in(0, 3));
     for (i64 r = 0; r < n_rows; ++r) {

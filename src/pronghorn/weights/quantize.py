@@ -56,11 +56,13 @@ BLOCKS = {
 EXACT = ("q4_0", "q4_1", "q8_0")
 """The block formats whose codes and scales are taken over bit for bit."""
 
+GROUPS = (32, 64, 128, 256)  # inputs
+
 FORMATS = {
     "int8": Target("int8"),
-    **{f"int8-g{group}": Target("int8", group) for group in (32, 64, 128)},
-    **{f"int4-g{group}": Target("int4", group) for group in (32, 64, 128)},
-    **{f"int4-g{group}-sym": Target("int4", group, symmetric=True) for group in (32, 64, 128)},
+    **{f"int8-g{group}": Target("int8", group) for group in GROUPS},
+    **{f"int4-g{group}": Target("int4", group) for group in GROUPS},
+    **{f"int4-g{group}-sym": Target("int4", group, symmetric=True) for group in GROUPS},
 }
 """Dtypes of what `pronghorn quantize` has packed (see weights.writing.safetensors_file), mapped and run as it is."""
 
