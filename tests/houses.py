@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pronghorn.models import Config, Model, Parameter
+from pronghorn.models import Config, Model
 from pronghorn.ops import Attention, Batch
 from pronghorn.ops.reference import ReferenceRunner
-from pronghorn.weights.types import Dense, Int4, Int8, Matrix, Module, Tensor
+from pronghorn.weights.types import Dense, Int4, Int8, Matrix, Module, Parameter, Tensor
 
 HOUSES = ("reference", "torch", "cpu")
 

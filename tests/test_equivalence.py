@@ -13,7 +13,7 @@ from pronghorn.models import model_for
 from pronghorn.ops import PAGE
 from pronghorn.ops.cpu import CpuRunner
 from pronghorn.weights import open_checkpoint, quantize
-from pronghorn.weights.types import Module
+from pronghorn.weights.types import Module, Target
 from variants import save
 
 N_PAGES = 96
@@ -93,6 +93,6 @@ def test_on_a_trained_model(dtype: str, kv_dtype: str, test_data: Path) -> None:
 
 
 def test_every_int8_granularity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for target in (quantize.Target("int8"), quantize.Target("int8", 32), quantize.Target("int8", 128)):
+    for target in (Target("int8"), Target("int8", 32), Target("int8", 128)):
         monkeypatch.setitem(quantize.QUANTIZED, "int8", target)
         check(save("smollm", tmp_path), "int8", "f32", rounds=1)

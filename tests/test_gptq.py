@@ -31,8 +31,8 @@ from pronghorn.scaling import Scaling, Tracer
 from pronghorn.weights import gptq, open_checkpoint
 from pronghorn.weights.gptq import Options
 from pronghorn.weights.packing import Codes, limits, pack, unpack
-from pronghorn.weights.quantize import FORMATS, weight
-from pronghorn.weights.types import Module
+from pronghorn.weights.quantize import weight
+from pronghorn.weights.types import FORMATS, Module
 from pronghorn.weights.writing import write_safetensors
 from test_quantize import SHAPES, random_matrix
 from tiny import save_tiny

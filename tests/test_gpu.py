@@ -23,10 +23,10 @@ from pronghorn import LLM, SamplingParams, parallel
 from pronghorn._native import Pool, pack, packed_size
 from pronghorn.cli import main
 from pronghorn.errors import CheckpointError, ConfigError, ParameterError
-from pronghorn.models import Parameter, model_for
+from pronghorn.models import model_for
 from pronghorn.weights import quantize
 from pronghorn.weights.packing import unpack
-from pronghorn.weights.types import Int8, Tensor, Unquantized
+from pronghorn.weights.types import FORMATS, Int8, Parameter, Tensor, Unquantized
 from tiny import save_tiny
 
 pytest.importorskip("torch")
@@ -316,14 +316,14 @@ def edges(n_out: int, n_in: int) -> np.ndarray:
     return w
 
 
-@pytest.mark.parametrize("form", list(quantize.FORMATS))
+@pytest.mark.parametrize("form", list(FORMATS))
 def test_a_device_quantizes_as_the_cpu_does(form: str) -> None:
     """Bit for bit: codes, scales and minima, in each dtype and order, with a short last group."""
     import torch
 
     from pronghorn.ops import gpu_weights
 
-    target, device = quantize.FORMATS[form], torch.device("cpu")
+    target, device = FORMATS[form], torch.device("cpu")
     gpu_weights.CHUNK = 1000  # rows are taken in several parts
     for n_in, kind, turned in ((256, "f32", False), (300, "bf16", False), (20, "f16", True), (300, "f32", True)):
         values = edges(16, n_in)[: 16 if kind == "f32" else 15]

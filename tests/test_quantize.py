@@ -20,7 +20,7 @@ from pronghorn.models import model_for
 from pronghorn.ops.cpu import CpuRunner
 from pronghorn.ops.reference import to_array
 from pronghorn.weights import open_checkpoint, quantize
-from pronghorn.weights.types import Dense, Int4, Int8, Matrix, Module
+from pronghorn.weights.types import GROUPS, Dense, Int4, Int8, Matrix, Module, Target
 from variants import VARIANTS, save
 
 POOL = _native.Pool(2)
@@ -35,7 +35,7 @@ def random_matrix(n_out: int, n_in: int, seed: int = 0) -> np.ndarray:
     return values
 
 
-def pack(values: np.ndarray, target: quantize.Target, dtype: str = "f32", transposed: bool = False) -> Matrix:
+def pack(values: np.ndarray, target: Target, dtype: str = "f32", transposed: bool = False) -> Matrix:
     """A float32 matrix through the native packer."""
     n_out, n_in = values.shape
     stored = np.ascontiguousarray(values.T) if transposed else values
@@ -52,7 +52,7 @@ def pack(values: np.ndarray, target: quantize.Target, dtype: str = "f32", transp
     return Dense(data, target.format, (n_out, n_in))
 
 
-def twin(values: np.ndarray, target: quantize.Target) -> np.ndarray:
+def twin(values: np.ndarray, target: Target) -> np.ndarray:
     """What the packer should have stored, from its documentation, in float32 as it computes."""
     out = np.empty(values.shape)
     n_in = values.shape[1]
@@ -78,14 +78,14 @@ def twin(values: np.ndarray, target: quantize.Target) -> np.ndarray:
 
 
 TARGETS = [
-    quantize.Target("int8"),
-    *(quantize.Target("int8", group) for group in quantize.GROUPS),
-    *(quantize.Target("int4", group, symmetric) for group in quantize.GROUPS for symmetric in (False, True)),
+    Target("int8"),
+    *(Target("int8", group) for group in GROUPS),
+    *(Target("int4", group, symmetric) for group in GROUPS for symmetric in (False, True)),
 ]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_packed_values_are_the_documented_ones(target: quantize.Target) -> None:
+def test_packed_values_are_the_documented_ones(target: Target) -> None:
     for shape in SHAPES:
         values = random_matrix(*shape)
         for dtype, transposed in (("f32", False), ("f32", True), ("bf16", False), ("f16", True), ("f64", False)):
@@ -107,12 +107,12 @@ def test_dense_conversions_round_to_nearest() -> None:
     ).astype(np.float32)[None]
     with np.errstate(over="ignore"):
         f16 = values.astype(np.float16).astype(np.float64)
-    np.testing.assert_array_equal(to_array(pack(values, quantize.Target("f16"))), f16)
+    np.testing.assert_array_equal(to_array(pack(values, Target("f16"))), f16)
     bits = values.view(np.uint32).astype(np.uint64)
     bf16 = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
-    np.testing.assert_array_equal(to_array(pack(values, quantize.Target("bf16"))), bf16)
-    np.testing.assert_array_equal(to_array(pack(values, quantize.Target("f32"))), values)
-    assert np.isnan(to_array(pack(np.full((1, 3), np.nan, np.float32), quantize.Target("bf16")))).all()
+    np.testing.assert_array_equal(to_array(pack(values, Target("bf16"))), bf16)
+    np.testing.assert_array_equal(to_array(pack(values, Target("f32"))), values)
+    assert np.isnan(to_array(pack(np.full((1, 3), np.nan, np.float32), Target("bf16")))).all()
 
 
 @pytest.mark.parametrize("dtype", quantize.EXACT)
@@ -148,7 +148,7 @@ def test_what_cannot_be_quantized_is_an_error(bad: float) -> None:
     values = random_matrix(20, 40)
     values[18, 39] = bad
     with pytest.raises(ValueError, match="not finite, or too large"):
-        pack(values, quantize.Target("int4", 32))
+        pack(values, Target("int4", 32))
 
 
 @pytest.mark.parametrize("dtype", quantize.EXACT)

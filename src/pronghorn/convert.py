@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from pronghorn._native import Pool, pack
 from pronghorn.errors import CheckpointError, ConfigError, ParameterError
 from pronghorn.machine import usable_processors
-from pronghorn.models import Config, Model, Parameter, model_for, model_of
+from pronghorn.models import Config, Model, model_for, model_of
 from pronghorn.models.config import Fields
 from pronghorn.models.positions import llama3
 from pronghorn.text import export
 from pronghorn.weights import Checkpoint, files, gguf, open_source
 from pronghorn.weights.files import fail, shown
 from pronghorn.weights.quantize import plain
-from pronghorn.weights.types import DENSE, DTYPES, Tensor
+from pronghorn.weights.types import DENSE, DTYPES, Parameter, Tensor
 from pronghorn.weights.writing import QUANTIZED, Part, quantize, write_gguf, write_safetensors
 
 TYPES = ("auto", *DENSE, *QUANTIZED)

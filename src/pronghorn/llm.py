@@ -21,7 +21,7 @@ from pronghorn.machine import free_memory, physical_memory
 from pronghorn.models import Config, Model, model_of
 from pronghorn.ops import KV_DTYPES, PAGE, Runner
 from pronghorn.weights import Checkpoint, ahead, open_checkpoint
-from pronghorn.weights.types import Dense, Matrix, Module, Tensor, Unquantized
+from pronghorn.weights.types import Dense, Matrix, Module, Parameter, Tensor, Unquantized
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pronghorn.engine.grammar import Vocabulary
     from pronghorn.engine.pages import PagePool
     from pronghorn.engine.speculate import ModelDraft
-    from pronghorn.models import Parameter
     from pronghorn.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "f32", "f16", "bf16", "int8", "int4")

@@ -21,8 +21,8 @@ from pronghorn.models import Model
 from pronghorn.ops import PAGE, Batch
 from pronghorn.ops.cpu import CpuRunner
 from pronghorn.weights import Checkpoint
-from pronghorn.weights.quantize import FORMATS, Jobs, packed_bytes, prepare, weight
-from pronghorn.weights.types import Matrix, Module, Tensor
+from pronghorn.weights.quantize import Jobs, prepare, weight
+from pronghorn.weights.types import FORMATS, Matrix, Module, Tensor, packed_bytes
 
 LADDER = ("int4-g128-sym", "int4-g64", "int4-g32", "int8-g64")
 ROWS = 64  # of logits that are compared at a time

@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any
 
 from pronghorn.errors import ConfigError, ParameterError, PronghornError
 from pronghorn.ops import Batch
-from pronghorn.weights.types import DTYPES, Tensor
+from pronghorn.weights.types import DTYPES, Parameter, Tensor
 
 if TYPE_CHECKING:
     import torch
 
-    from pronghorn.models import Model, Parameter
+    from pronghorn.models import Model
 
 OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn", "c_fc")
 INPUTS = ("o_proj", "down_proj", "c_proj")

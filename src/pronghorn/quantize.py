@@ -37,8 +37,8 @@ from pronghorn.weights import open_checkpoint, open_source
 from pronghorn.weights.files import fail, shown
 from pronghorn.weights.gptq import Options, gptq, nearest
 from pronghorn.weights.packing import Array, Codes, Floats, pack
-from pronghorn.weights.quantize import FORMATS, Target, packed_bytes, prepare
-from pronghorn.weights.types import DENSE, Module
+from pronghorn.weights.quantize import prepare
+from pronghorn.weights.types import DENSE, FORMATS, Module, Target, packed_bytes
 from pronghorn.weights.writing import Part, safetensors_file
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def quantize(
 ) -> list[str]:
     """Writes the model, its matrices in `format`, into a folder in Hugging Face's layout -> remarks, a line each.
 
-    `format` is one of weights.quantize.FORMATS (default: int4-g64); `keep` names what has another, (which, format), the
+    `format` is one of weights.types.FORMATS (default: int4-g64); `keep` names what has another, (which, format), the
     later the stronger (see `choose`). `calibration`: token ids, of which `windows` windows are used, by one of METHODS
     (default: scale+gptq for int8, gptq for int4, which scales make worse); None rounds to the nearest. `passes` over
     them (default: PASSES) are made by methods that tune. What was done stands in config.json, as "_quantized".

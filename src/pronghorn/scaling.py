@@ -20,8 +20,7 @@ from pronghorn.models import Model
 from pronghorn.ops import Attention
 from pronghorn.weights.gptq import grouped, span
 from pronghorn.weights.packing import Floats
-from pronghorn.weights.quantize import FORMATS, sides
-from pronghorn.weights.types import Module
+from pronghorn.weights.types import FORMATS, Module, sides
 
 POWERS = tuple(i / 8 for i in range(9))
 """Of a channel's root mean square, that are tried as its scale."""

@@ -25,8 +25,7 @@ from pronghorn.errors import ParameterError
 from pronghorn.models import Model
 from pronghorn.ops import Attention, Rope
 from pronghorn.weights.packing import Codes, Floats, has_minimum, limits
-from pronghorn.weights.quantize import Target
-from pronghorn.weights.types import Module
+from pronghorn.weights.types import Module, Target
 
 try:
     import torch

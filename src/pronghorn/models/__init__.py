@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import Any
 
 from pronghorn.errors import CheckpointError
-from pronghorn.models.base import Model, Parameter
+from pronghorn.models.base import Model
 from pronghorn.models.config import Config, Fields
 from pronghorn.weights import Checkpoint
 from pronghorn.weights.types import Tensor
 
-__all__ = ["ARCHITECTURES", "Config", "Model", "Parameter", "model_for", "model_of"]
+__all__ = ["ARCHITECTURES", "Config", "Model", "model_for", "model_of"]
 
 ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama"}
 """The file of each `model_type`; variants of one architecture share a file, and are rows of a table there."""

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from pronghorn.errors import CheckpointError
 from pronghorn.models.config import Config
 from pronghorn.ops import Ops, X
-from pronghorn.weights.quantize import FORMATS, packed_bytes
-from pronghorn.weights.types import Module, Tensor
-
-
-class Parameter(NamedTuple):
-    """A weight that a model needs.
-
-    `kind` is "matrix" (linear layers and embeddings: what may be quantized), "table" (learned positions) or
-    "vector" (norms and biases). A matrix is `[n_out, n_in]`, or `[n_in, n_out]` where `transposed`.
-    """
-
-    shape: tuple[int, ...]
-    kind: str
-    transposed: bool = False
+from pronghorn.weights.types import FORMATS, Module, Parameter, Tensor, packed_bytes
 
 
 class Model:

@@ -6,10 +6,9 @@ import re
 
 from pronghorn.errors import ConfigError
 from pronghorn.models import base
-from pronghorn.models.base import Parameter
 from pronghorn.models.config import Config, Fields
 from pronghorn.ops import Attention, Ops, X
-from pronghorn.weights.types import Module
+from pronghorn.weights.types import Module, Parameter
 
 
 class GPT2Config(Config):

@@ -9,11 +9,10 @@ import re
 from typing import NamedTuple
 
 from pronghorn.models import base
-from pronghorn.models.base import Parameter
 from pronghorn.models.config import Config, Fields
 from pronghorn.models.positions import rope_of, windows_of
 from pronghorn.ops import Attention, Ops, X
-from pronghorn.weights.types import Module
+from pronghorn.weights.types import Module, Parameter
 
 
 class LlamaConfig(Config):

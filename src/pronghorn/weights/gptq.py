@@ -20,7 +20,7 @@ import numpy as np
 
 from pronghorn.machine import usable_processors
 from pronghorn.weights.packing import Array, Codes, Floats, has_minimum, limits
-from pronghorn.weights.quantize import Target
+from pronghorn.weights.types import Target
 
 ROWS = 1024  # that are rounded at a time
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)

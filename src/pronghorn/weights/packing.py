@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pronghorn._native import packed_size
-from pronghorn.weights.quantize import Target
-from pronghorn.weights.types import Int4, Int8
+from pronghorn.weights.types import Int4, Int8, Target
 
 Array = NDArray[np.float64]
 Floats = NDArray[np.float32]

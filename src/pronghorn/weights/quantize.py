@@ -12,14 +12,28 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pronghorn.errors import CheckpointError
-from pronghorn.weights.types import DENSE, DTYPES, Dense, Int4, Int8, Made, Matrix, Tensor, Unquantized
+from pronghorn.weights.types import (
+    DENSE,
+    DTYPES,
+    FORMATS,
+    Dense,
+    Int4,
+    Int8,
+    Made,
+    Matrix,
+    Parameter,
+    Target,
+    Tensor,
+    Unquantized,
+    packed_bytes,
+    sides,
+)
 
 if TYPE_CHECKING:
     from pronghorn._native import Pool
-    from pronghorn.models.base import Parameter
     from pronghorn.weights import Checkpoint
 
 FORMAT = 1
@@ -28,18 +42,6 @@ FORMAT = 1
 ALIGNMENT = 64
 SMALL = 1 << 20
 """Bytes up to which a conversion is repeated at each load rather than kept."""
-
-
-class Target(NamedTuple):
-    """The form that a weight takes. `group` and `symmetric` are for int8 and int4 (see weights.types)."""
-
-    format: str  # f32 | f16 | bf16 | int8 | int4
-    group: int = 0
-    symmetric: bool = False
-
-    def __str__(self) -> str:
-        group = f" in groups of {self.group}" if self.group else ""
-        return self.format + group + (", symmetric" if self.symmetric else "")
 
 
 # What a block format of GGUF becomes when no dtype is asked for: the same numbers, or the nearest that we have.
@@ -55,16 +57,6 @@ BLOCKS = {
 }
 EXACT = ("q4_0", "q4_1", "q8_0")
 """The block formats whose codes and scales are taken over bit for bit."""
-
-GROUPS = (32, 64, 128, 256)  # inputs
-
-FORMATS = {
-    "int8": Target("int8"),
-    **{f"int8-g{group}": Target("int8", group) for group in GROUPS},
-    **{f"int4-g{group}": Target("int4", group) for group in GROUPS},
-    **{f"int4-g{group}-sym": Target("int4", group, symmetric=True) for group in GROUPS},
-}
-"""Dtypes of what `pronghorn quantize` has packed (see weights.writing.safetensors_file), mapped and run as it is."""
 
 QUANTIZED = {"int8": Target("int8", 64), "int4": Target("int4", 32)}
 """What `--dtype int8` and `int4` make of other weights."""
@@ -177,24 +169,6 @@ def plain(parameter: Parameter, tensor: Tensor) -> Tensor:
     values = unpack(packed).T if parameter.transposed else unpack(packed)
     flat = np.ascontiguousarray(values, np.float32).view(np.uint8).reshape(-1)
     return Tensor(tensor.name, "f32", tensor.shape, flat.data)
-
-
-def sides(parameter: Parameter) -> tuple[int, int]:
-    """(n_out, n_in); a vector is one row."""
-    if len(parameter.shape) == 1:
-        return 1, parameter.shape[0]
-    n_out, n_in = reversed(parameter.shape) if parameter.transposed else parameter.shape
-    return n_out, n_in
-
-
-def packed_bytes(parameter: Parameter, target: Target) -> int:
-    """The size of a converted weight."""
-    from pronghorn._native import packed_size
-
-    n_out, n_in = sides(parameter)
-    if target.format in DTYPES:
-        return n_out * n_in * DTYPES[target.format]
-    return packed_size(target.format, n_out, n_in, target.group, target.symmetric)
 
 
 class Jobs:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pronghorn.weights.files import fail, map_file, nature, parse_json, read_json, shown
-from pronghorn.weights.types import DTYPES, Tensor
+from pronghorn.weights.types import DTYPES, FORMATS, Tensor
 
 HEADER_LIMIT = 100_000_000
 """Bytes of a header, as the format's own reader limits it."""
@@ -66,9 +66,7 @@ def read_safetensors(path: Path, view: memoryview) -> dict[str, Tensor]:
 
 
 def _packed(path: Path, text: str, tensors: dict[str, Tensor], places: dict[str, int]) -> dict[str, Tensor]:
-    """The matrices that are in one of weights.quantize.FORMATS, stored as bytes; how many is for the model to check."""
-    from pronghorn.weights.quantize import FORMATS
-
+    """The matrices that are in one of weights.types.FORMATS, stored as bytes; how many is for the model to check."""
     found: dict[str, Tensor] = {}
     for name, entry in parse_json(memoryview(text.encode("utf-8", "replace")), path, f"header: {PACKED}: ").items():
         entry = entry if isinstance(entry, dict) else {}

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pronghorn.errors import CheckpointError
-from pronghorn.weights.quantize import FORMATS, sides
-from pronghorn.weights.types import Tensor
-
-if TYPE_CHECKING:
-    from pronghorn.models.base import Parameter
+from pronghorn.weights.types import FORMATS, Parameter, Tensor, sides
 
 
 def sparsity(parameters: Mapping[str, Parameter], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

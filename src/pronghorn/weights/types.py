@@ -1,4 +1,4 @@
-"""The values that weights are: raw tensors of a file, and the matrices that operations read."""
+"""The values that weights are: raw tensors of a file, what a model needs, and the matrices that operations read."""
 
 from __future__ import annotations
 
@@ -157,3 +157,56 @@ class Module:
     def get(self, name: str) -> Any:
         """The child of this name, or None: for what is optional, such as a bias."""
         return self._children.get(name)
+
+
+class Parameter(NamedTuple):
+    """A weight that a model needs.
+
+    `kind` is "matrix" (linear layers and embeddings: what may be quantized), "table" (learned positions) or
+    "vector" (norms and biases). A matrix is `[n_out, n_in]`, or `[n_in, n_out]` where `transposed`.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    transposed: bool = False
+
+
+def sides(parameter: Parameter) -> tuple[int, int]:
+    """(n_out, n_in); a vector is one row."""
+    if len(parameter.shape) == 1:
+        return 1, parameter.shape[0]
+    n_out, n_in = reversed(parameter.shape) if parameter.transposed else parameter.shape
+    return n_out, n_in
+
+
+class Target(NamedTuple):
+    """The form that a weight takes. `group` and `symmetric` are for int8 and int4: see Int8 and Int4."""
+
+    format: str  # f32 | f16 | bf16 | int8 | int4
+    group: int = 0
+    symmetric: bool = False
+
+    def __str__(self) -> str:
+        group = f" in groups of {self.group}" if self.group else ""
+        return self.format + group + (", symmetric" if self.symmetric else "")
+
+
+GROUPS = (32, 64, 128, 256)  # inputs
+
+FORMATS = {
+    "int8": Target("int8"),
+    **{f"int8-g{group}": Target("int8", group) for group in GROUPS},
+    **{f"int4-g{group}": Target("int4", group) for group in GROUPS},
+    **{f"int4-g{group}-sym": Target("int4", group, symmetric=True) for group in GROUPS},
+}
+"""Dtypes of what `pronghorn quantize` has packed (see weights.writing.safetensors_file), mapped and run as it is."""
+
+
+def packed_bytes(parameter: Parameter, target: Target) -> int:
+    """The size of a converted weight."""
+    from pronghorn._native import packed_size
+
+    n_out, n_in = sides(parameter)
+    if target.format in DTYPES:
+        return n_out * n_in * DTYPES[target.format]
+    return packed_size(target.format, n_out, n_in, target.group, target.symmetric)

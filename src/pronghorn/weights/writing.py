@@ -52,7 +52,7 @@ Progress = Callable[[Iterable[Part]], Iterable[Part]]
 def safetensors_file(path: Path, parts: Iterable[Part]) -> Iterator[Callable[[Part, memoryview], None]]:
     """One safetensors file of these tensors, whole or not at all -> what takes a tensor's data, in any order.
 
-    Matrices in one of weights.quantize.FORMATS are stored as bytes, padded to a multiple of 64, before all others, and
+    Matrices in one of weights.types.FORMATS are stored as bytes, padded to a multiple of 64, before all others, and
     described in `__metadata__`: "pronghorn.packed" is JSON, {name: {"format": ..., "shape": [...]}}. The shape is that
     of the checkpoint's own matrix; packed panels are of outputs in any case. OSError if the disk does not take it.
     """
