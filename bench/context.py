@@ -26,7 +26,7 @@ from pronghorn.engine.engine import Engine
 from pronghorn.engine.sampling import SamplingParams
 from pronghorn.engine.scheduler import Request
 from pronghorn.errors import PronghornError
-from pronghorn.llm import STEP_TOKENS, bytes_read, check_options, kv_bytes, open_model
+from pronghorn.loading import STEP_TOKENS, bytes_read, check_options, kv_bytes, open_model
 from pronghorn.machine import usable_processors
 from pronghorn.models import model_for
 from pronghorn.ops import PAGE

@@ -89,7 +89,7 @@ class Ours:
 
     def __init__(self, source: str, dtype: str, threads: int) -> None:
         from pronghorn.bench import Subject
-        from pronghorn.llm import open_model
+        from pronghorn.loading import open_model
         from pronghorn.models import model_for
 
         checkpoint = open_model(source)
@@ -616,7 +616,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all)")
     args = parser.parse_args()
     from pronghorn.bench import machine
-    from pronghorn.llm import open_model
+    from pronghorn.loading import open_model
     from pronghorn.models import model_for
 
     vocabulary = model_for(open_model(args.model).config).config.vocab_size

@@ -18,7 +18,7 @@ import pytest
 
 from pronghorn import LLM, SamplingParams, bench
 from pronghorn.cli import main
-from pronghorn.llm import open_model
+from pronghorn.loading import open_model
 from pronghorn.models import model_for
 from tiny import save_tiny
 

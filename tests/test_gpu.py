@@ -283,7 +283,7 @@ def test_the_devices_memory_holds_keys_and_values(tmp_path: Path, monkeypatch: p
     """Of a GPU, not of this machine; what its weights will take is not free."""
     import torch
 
-    from pronghorn.llm import memory_of, pages_for, total_bytes
+    from pronghorn.loading import memory_of, pages_for, total_bytes
 
     with LLM(save_tiny(tmp_path), device="torch:cpu") as llm:
         weights = llm._weights

@@ -30,7 +30,7 @@ from pronghorn import (
 )
 from pronghorn.engine import sampling
 from pronghorn.generation import TextStream
-from pronghorn.llm import describe, pages_for
+from pronghorn.loading import describe, pages_for
 from tiny import BOS, EOS, STORY, save_tiny
 
 

@@ -24,7 +24,7 @@ FLOORS = [
     ("ops",),
     ("models",),
     ("engine", "text"),
-    ("generation", "parallel"),
+    ("generation", "loading", "parallel"),
     ("llm",),
     ("async_llm", "batch", "bench", "convert", "harness"),
     ("evaluate", "serve"),

@@ -23,7 +23,7 @@ from pronghorn.engine.engine import Engine
 from pronghorn.engine.sampling import SamplingParams
 from pronghorn.engine.scheduler import Request
 from pronghorn.errors import CheckpointError, ParameterError, PronghornError
-from pronghorn.llm import STEP_TOKENS, check_options, kv_bytes, kv_dtype_for, open_model, weights_read
+from pronghorn.loading import STEP_TOKENS, check_options, kv_bytes, kv_dtype_for, open_model, weights_read
 from pronghorn.machine import free_memory, usable_processors
 from pronghorn.models import Model, model_for
 from pronghorn.ops import PAGE

@@ -605,7 +605,7 @@ def statistics(out: Output) -> None:
 
 def tokenize(args: argparse.Namespace) -> None:
     """`pronghorn tokenize`."""
-    from pronghorn.llm import load_tokenizer, open_model
+    from pronghorn.loading import load_tokenizer, open_model
 
     if len(args.text) > 1 and not args.decode:
         raise PromptError("give one text, in quotes")
@@ -641,7 +641,7 @@ def ids_of(text: str) -> list[int]:
 
 def info(args: argparse.Namespace) -> None:
     """`pronghorn info`."""
-    from pronghorn.llm import describe, open_model
+    from pronghorn.loading import describe, open_model
 
     checkpoint = open_model(args.model)
     facts = describe(checkpoint, args.dtype, sparsity=args.sparsity)

@@ -38,7 +38,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pronghorn.engine.sampling import SamplingParams, whole
 from pronghorn.errors import ParameterError, PromptError, PronghornError
-from pronghorn.llm import DTYPES, LLM, check_options, check_vocabulary, load_tokenizer, open_model
+from pronghorn.llm import LLM, check_vocabulary
+from pronghorn.loading import DTYPES, check_options, load_tokenizer, open_model
 from pronghorn.weights.files import read_text
 
 if TYPE_CHECKING:
