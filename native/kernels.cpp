@@ -830,10 +830,11 @@ void linear_half(const Linear& l, int half, i64 begin, i64 end, float* sums, voi
     case Format::f16:
       return in_out_half<F16>(l, half, begin, end, sums, memory);
     default:
-#if !PRONGHORN_ISA_amx
+#if PRONGHORN_ISA_amx
+      return;  // tiles take all of it: see Kernels::halves
+#else
       return in_out_half<Bf16>(l, half, begin, end, sums, memory);
 #endif
-      return;
   }
 }
 

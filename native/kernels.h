@@ -61,9 +61,8 @@ static constexpr i64 packed_size(Format format, i64 n_out, i64 n_in, i64 group, 
 
 // A linear layer's input, in the form that its weights' format asks for.
 //   f32, f16: the values, `x`.
-//   bf16:     rounded to bf16 in `values`, as bf16 or f32 (Kernels::rounded_size), rows of `stride` elements, zero up
-//   to
-//             a multiple of 32.
+//   bf16:     rounded to bf16 in `values`, as bf16 or f32 (Kernels::rounded_size), rows of `stride` elements, zero
+//             up to a multiple of 32.
 //   int8, int4: 8-bit integers within +-127 in `values`, rows of `stride` bytes, zero up to a multiple of 64;
 //             for each row and group a scale in `scales` and the sum of its integers in `sums` (as integers).
 // `values` is readable for a multiple of 16 rows.
@@ -72,9 +71,8 @@ struct Input {
   i64 x_stride = 0;
   const void* values = nullptr;
   i64 stride = 0;
-  const float* scales = nullptr;       // [n_rows][n_groups]
-  const std::int32_t* sums = nullptr;  // [n_rows][n_groups]
-  i64 n_groups = 0;
+  const float* scales = nullptr;       // [n_rows][groups of the weights]
+  const std::int32_t* sums = nullptr;  // the same
 };
 
 // y = activation(x @ w.T + bias) + residual

@@ -587,7 +587,6 @@ void Program::execute(const Instruction& in, const Batch& batch, const KvCache& 
       l.in.stride = round_up(w.n_in, w.format == Format::bf16 ? 32 : 64);
       l.in.scales = reinterpret_cast<const float*>(buffer(in.scales));
       l.in.sums = reinterpret_cast<const std::int32_t*>(buffer(in.sums));
-      l.in.n_groups = w.group ? div_up(w.n_in, w.group) : 1;
       if (in.z.buffer >= 0) l.residual = floats(in.z), l.residual_stride = stride(in.z);
       l.y = in.to_logits ? reinterpret_cast<float*>(logits_.data()) : floats(in.out);
       l.y_stride = in.to_logits ? vocab_size_ : stride(in.out);

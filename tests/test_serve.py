@@ -1012,7 +1012,11 @@ def test_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (status, json.loads(body)["error"]["type"]) == (408, "timeout_error")
 
 
-def test_a_fingerprint_is_the_contents_and_how_they_are_run(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_fingerprint_is_the_contents_and_how_they_are_run(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pronghorn import _native
+    from pronghorn.serve import main
     from pronghorn.serve.main import fingerprint
 
     def of(path: Path, **options: Any) -> str:
@@ -1030,7 +1034,17 @@ def test_a_fingerprint_is_the_contents_and_how_they_are_run(models: dict[str, Pa
         of(models["tiny"], kv_dtype="int8"),
         of(models["long"]),
     ]
-    assert len({own, *others}) == 5
+    with monkeypatch.context() as patched:
+        patched.setattr(_native, "isa", lambda: "another")
+        others.append(of(models["tiny"]))
+    for package in ("tokenizers", "torch"):  # another version of it; the CPU's answers do not depend on torch
+        with monkeypatch.context() as patched:
+            patched.setattr(main, "find_version", lambda name, of=package: "0" if name == of else None)
+            others.append(of(models["tiny"]))
+    with monkeypatch.context() as patched:
+        patched.setattr(main, "find_version", lambda name: None)
+        assert of(models["tiny"]) == others[-1]
+    assert len({own, *others}) == 8
 
 
 def test_real_models(test_data: Path, default_model: Path) -> None:

@@ -289,7 +289,6 @@ class Problem {
       linear.in.values = bytes_.data() + first * stride_;
       linear.in.scales = scales_.data() + first * weights_.n_groups();
       linear.in.sums = sums_.data() + first * weights_.n_groups();
-      linear.in.n_groups = weights_.n_groups();
     }
     linear.n_rows = last - first;
     linear.bias = has_bias_ ? bias_.data() : nullptr;

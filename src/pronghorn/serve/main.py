@@ -218,7 +218,8 @@ def fingerprint(llm: LLM) -> str:
     if llm.path.suffix != ".gguf":  # which has all in it
         folder = llm.path if llm.path.is_dir() else llm.path.parent
         files |= {file for suffix in ("json", "txt", "model", "bpe", "jinja") for file in folder.glob(f"*.{suffix}")}
-    parts += [(name, find_version(name)) for name in ("tokenizers", "jinja2", "llguidance", "torch")]
+    computing = {"cpu": (), "reference": ("numpy",)}.get(llm.device, ("torch", "triton"))
+    parts += [(name, find_version(name)) for name in ("tokenizers", "jinja2", "llguidance", *computing)]
     parts += [(file.name, _native.checksum(map_file(file))) for file in sorted(files, key=lambda file: file.name)]
     parts.append(sys.modules["pronghorn"].__version__)
     return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
