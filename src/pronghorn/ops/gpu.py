@@ -399,6 +399,8 @@ class Step:
         w, group = op.weight, self.runner.group
         x, norm = (self.get(op.x.x), op.x) if isinstance(op.x, Normed) else (self.get(op.x), None)
         if op.head and self.rows is not None:
+            if not len(self.rows):  # a chunk of a prompt, not its last
+                return x.new_empty(0, self.runner.model.config.vocab_size)
             x = x[self.rows]
         bias, residual = op.bias, None if op.residual is None else self.get(op.residual)
         divided = group is not None and group.divides_inputs(op.name)
