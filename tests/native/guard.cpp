@@ -100,13 +100,8 @@ void linears(const Kernels& kernels, Pool& pool, void* scratch) {
     }
     Linear linear{};
     linear.w = &matrix;
-    linear.in = {x.data(),
-                 kIn,
-                 packed ? static_cast<const void*>(bytes.data()) : rounded.data(),
-                 kIn,
-                 scales.data(),
-                 sums.data(),
-                 kind.group ? kIn / kind.group : 1};
+    linear.in = {x.data(), kIn,           packed ? static_cast<const void*>(bytes.data()) : rounded.data(),
+                 kIn,      scales.data(), sums.data()};
     linear.y = y.data();
     linear.y_stride = kOut;
     for (i64 n_rows : {1, 4, 32}) {
