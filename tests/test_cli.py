@@ -427,9 +427,9 @@ def test_text_is_utf_8_in_any_locale(model: str) -> None:
 
 
 ROAD = """
-_native cli engine engine.engine engine.pace engine.pages engine.sampling engine.scheduler errors generation llm machine
-models models.base models.config models.llama models.positions ops ops.cpu text text.fast text.stream text.tokenizer
-weights weights.ahead weights.files weights.hub weights.quantize weights.safetensors weights.types
+_native cli engine engine.engine engine.pace engine.pages engine.sampling engine.scheduler errors generation llm
+loading machine models models.base models.config models.llama models.positions ops ops.cpu text text.fast text.stream
+text.tokenizer weights weights.ahead weights.files weights.hub weights.quantize weights.safetensors weights.types
 """
 HEAVY = """
 ast asyncio bz2 ctypes dataclasses decimal email hashlib http inspect jinja2 logging lzma multiprocessing numpy pickle
