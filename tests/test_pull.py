@@ -20,7 +20,7 @@ import pytest
 
 from pronghorn.cli import main
 from pronghorn.errors import CheckpointError, ParameterError
-from pronghorn.weights import hub, open_checkpoint
+from pronghorn.weights import fetch, hub, open_checkpoint
 from pronghorn.weights import pull as pulling
 from pronghorn.weights.pull import choose, pull
 from test_sources import FIXTURE
@@ -152,7 +152,7 @@ def site(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         data = (FIXTURE / file).read_bytes() if (FIXTURE / file).exists() else b"{}"
         server.files[f"/gpt-2/models/124M/{file}"] = data
     monkeypatch.setattr(pulling, "OPENAI", f"{server.url}/gpt-2/models")
-    monkeypatch.setattr(pulling, "PAUSE", 0.0)
+    monkeypatch.setattr(fetch, "PAUSE", 0.0)
     monkeypatch.setenv("PIP_INDEX_URL", f"{server.url}/simple/")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "*")

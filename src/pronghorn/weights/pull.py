@@ -11,10 +11,11 @@ import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pronghorn.errors import CheckpointError, ParameterError
 from pronghorn.weights import hub
+from pronghorn.weights.fetch import Unreachable, fetch, index_url, wheels
 from pronghorn.weights.files import fail, shown
 
 NAMES = {
@@ -35,11 +36,6 @@ OPENAI_SIZES = ("124M", "355M", "774M", "1558M")
 OPENAI_FILES = (
     "checkpoint", "hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index", "model.ckpt.data-00000-of-00001",
 )  # fmt: skip
-ATTEMPTS = 5
-PAUSE = 1.0  # seconds before the second attempt, and one more before each other
-
-_CHUNK = 1 << 20
-_TIMEOUT = 30.0  # seconds without a byte
 
 
 def pull(name: str | None = None, revision: str | None = None) -> Path:
@@ -220,91 +216,6 @@ class Alone:
         shutil.rmtree(self.folder.rename(gone))
 
 
-class Unreachable(Exception):
-    """A file that could not be fetched, in one line."""
-
-
-def fetch(url: str, path: Path) -> None:
-    """Downloads `url` to `path`, which appears when it is whole. Goes on where an earlier attempt was broken off.
-
-    Raises Unreachable after ATTEMPTS attempts that brought nothing; OSError where the disk does not take it.
-    """
-    import http.client
-    import time
-    import urllib.error
-    import urllib.request
-
-    from tqdm import tqdm
-
-    part = path.with_name(path.name + ".part")
-    failures = 0
-    with tqdm(desc=path.name, unit="B", unit_scale=True, leave=False, delay=1, disable=None) as bar:
-        while True:
-            before = part.stat().st_size if part.exists() else 0
-            try:
-                if _continue(url, part, before, bar):
-                    part.replace(path)
-                    return
-                reason = "the connection broke off"
-            except urllib.error.HTTPError as error:
-                error.close()
-                if error.code == 416 and before:  # more than there is: of another file
-                    part.unlink()
-                    before = 0
-                elif error.code < 500:
-                    raise Unreachable(f"{url}: {error}") from None
-                reason = str(error)
-            except urllib.error.URLError as error:
-                reason = str(error.reason)
-            except (http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
-                reason = str(error) or type(error).__name__
-            came = (part.stat().st_size if part.exists() else 0) > before
-            failures = 1 if came else failures + 1
-            if failures >= ATTEMPTS:
-                raise Unreachable(f"{url}: {reason}")
-            time.sleep(PAUSE * failures)
-
-
-def _continue(url: str, part: Path, have: int, bar: Any) -> bool:
-    """One attempt, from byte `have` on -> whether the file is whole now."""
-    import urllib.request
-
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-        if have and answer.status != 206:  # the whole file again
-            have = 0
-        length = answer.headers.get("Content-Length")
-        total = None if length is None else have + int(length)
-        bar.total = total
-        bar.update(have - bar.n)
-        with part.open("ab" if have else "wb") as out:
-            while chunk := answer.read(_CHUNK):
-                out.write(chunk)
-                bar.update(len(chunk))
-            size = out.tell()
-            if total is not None and size != total:
-                return False
-            out.flush()
-            os.fsync(out.fileno())
-        expected = answer.headers.get("Content-MD5")
-    if expected and expected != _md5(part):
-        part.unlink()
-        raise ValueError("its MD5 differs from what the server says")
-    return True
-
-
-def _md5(path: Path) -> str:
-    """As the header Content-MD5 has it: against accidents, not against anyone."""
-    import base64
-    import hashlib
-
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return base64.b64encode(digest.digest()).decode()
-
-
 # Wheels -------------------------------------------------------------------------------------------------------
 
 
@@ -356,22 +267,14 @@ def _pull_wheel(requirement: str) -> Path:
 
 def _find_wheel(package: str, version: str, folder: Path) -> tuple[str, str, str]:
     """The newest wheel for any platform, or that of a version -> (address, file name, SHA-256)."""
-    import html
     import re
-    import urllib.parse
 
-    base, page = f"{hub.index_url()}/{package}/", folder / "index.html"
-    page.unlink(missing_ok=True)
-    fetch(base, page)
-    text = page.read_text(errors="replace")
     found = []
-    for link in re.findall(r"""href=["']([^"']+\.whl#sha256=[0-9a-f]{64})["']""", text):
-        address, _, digest = html.unescape(link).partition("#sha256=")
-        name = urllib.parse.unquote(address.rpartition("/")[2])
-        own = name.split("-")[1] if name.endswith("-none-any.whl") else ""
+    for name, address, digest in wheels(package, folder):
+        own = name.split("-")[1] if digest and name.endswith("-none-any.whl") else ""
         if own and own == (version or own) and re.fullmatch(r"\d+(\.\d+)*", own):
-            order = tuple(map(int, own.split(".")))
-            found.append((order, urllib.parse.urljoin(base, address), name, digest))
+            found.append((tuple(map(int, own.split("."))), address, name, digest))
     if not found:
-        raise Unreachable(f"{base} has no wheel for every platform{f' of version {version}' if version else ''}")
+        which = f" of version {version}" if version else ""
+        raise Unreachable(f"{index_url()}/{package}/ has no wheel for every platform{which}")
     return max(found)[1:]
