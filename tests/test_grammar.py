@@ -193,7 +193,7 @@ def test_an_end_outside_of_the_vocabulary_is_none(tmp_path: Path) -> None:
 
 def test_without_llguidance(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(PronghornError, match=r"pip install 'pronghorn\[structured\]'"):
+    with pytest.raises(ParameterError, match=r"pip install 'pronghorn\[structured\]'"):
         Vocabulary(llm.tokenizer.to_json(), 258, [EOS])
 
 

@@ -33,13 +33,13 @@ class Vocabulary:
             import llguidance
         except ImportError:
             lacking = "needs llguidance, which the extra `structured` brings: pip install 'pronghorn[structured]'"
-            raise PronghornError(f"structured output ({', '.join(FORMS)}) {lacking}") from None
+            raise ParameterError(f"structured output ({', '.join(FORMS)}) {lacking}") from None
         if not eos_ids:
             raise ParameterError("structured output needs an end-of-sequence token: the model has none")
         try:
             self.tokens: Any = llguidance.LLTokenizer(source, n_vocab=size, eos_token=list(eos_ids))
         except (ValueError, RuntimeError) as error:
-            raise PronghornError(f"structured output cannot use this tokenizer: {one_line(error)}") from None
+            raise ParameterError(f"structured output cannot use this tokenizer: {one_line(error)}") from None
 
 
 class Grammar:
