@@ -402,54 +402,64 @@ void in_out_half(const Linear& l, int half, i64 begin, i64 end, float* sums, flo
   }
 }
 
-// Many rows: a strip's weights are first laid side by side.
+// Many rows: the weights of some inputs of a strip of outputs are first laid side by side, panel by panel. Of fewer
+// rows the strip is wider: each input's weights are in a page of their own, and a longer stretch of it is read at once.
 template <typename T>
 void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
   using V = typename T::V;
   constexpr int P = kRegisters > 8 ? 4 : 1;
-  constexpr i64 kRows = 6, kUnits = 2048, kMany = 512, kWidth = P * kLanes;
-  constexpr i64 kLines = kWidth * T::kUnit * i64(sizeof(typename T::Element)) / 64;  // in a unit
+  constexpr i64 kRows = 6, kUnits = 1024, kMany = 512, kWidth = P * kLanes, kUnitBytes = P * kPanel * 4;
+  constexpr i64 kLines = kWidth * T::kUnit * i64(sizeof(typename T::Element)) / 64;  // in a unit of a panel
   static_assert((kUnits + 2 * kMany) * kWidth * 4 <= kScratch);
-  const i64 n_out = l.w->n_out, x_stride = T::stride(l), n_units = div_up(l.w->n_in, T::kUnit);
-  const i64 cut = cut_of(*l.w) / T::kUnit;
+  const i64 n_in = l.w->n_in, n_out = l.w->n_out, x_stride = T::stride(l), n_units = div_up(n_in, T::kUnit);
+  const i64 cut = cut_of(*l.w) / T::kUnit, panels = larger(1, smaller(8, kMany / l.n_rows));
   const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
   auto* strip = static_cast<u8*>(scratch);
   auto* sums = static_cast<float*>(scratch) + kUnits * kWidth;
-  for (i64 o = begin; o < end; o += kWidth) {
-    const i64 n = smaller(kWidth, end - o);
+  for (i64 o = begin; o < end; o += panels * kWidth) {
+    const i64 n = smaller(panels * kWidth, end - o), width = round_up(n, kWidth);
     for (i64 first_row = 0; first_row < l.n_rows; first_row += kMany) {
       const i64 n_rows = smaller(kMany, l.n_rows - first_row);
-      if (cut >= n_units) std::memset(sums + n_rows * kWidth, 0, size_t(n_rows * kWidth) * sizeof(float));
+      const i64 groups = div_up(n_rows, kRows), together = div_up(n_rows, groups);
+      const i64 lines = div_up(kLines, groups);  // of the next strip, fetched with each unit
+      if (cut >= n_units) std::memset(sums + n_rows * width, 0, size_t(n_rows * width) * sizeof(float));
       for (i64 first = 0, units; first < n_units; first += units) {
-        units = smaller(kUnits, (first < cut ? smaller(cut, n_units) : n_units) - first);
-        float* const half = sums + (first < cut ? 0 : n_rows * kWidth);
+        units = smaller(kUnits / panels, (first < cut ? smaller(cut, n_units) : n_units) - first);
+        float* const half = sums + (first < cut ? 0 : n_rows * width);
         for (i64 u = 0; u < units; u++) {
           const i64 i = (first + u) * T::kUnit;
-          V out[P];
-          if (n == kWidth && i + T::kUnit <= l.w->n_in)
-            T::template unit<P>(weights + i * n_out + o, n_out, out);
-          else
-            T::template unit_first<P>(weights + i * n_out + o, n_out, l.w->n_in - i, n, out);
-          for (int v = 0; v < P; v++) T::keep(strip + (u * P + v) * kPanel * 4, out[v]);
+          const auto* w = weights + i * n_out + o;
+          for (i64 v = 0; v < n; v += kWidth) {
+            V out[P];
+            if (n - v >= kWidth && i + T::kUnit <= n_in)
+              T::template unit<P>(w + v, n_out, out);
+            else
+              T::template unit_first<P>(w + v, n_out, n_in - i, n - v, out);
+            u8* to = strip + (v / kWidth * units + u) * kUnitBytes;
+            for (int k = 0; k < P; k++) T::keep(to + k * kPanel * 4, out[k]);
+          }
         }
-        const i64 lines = div_up(kLines, div_up(n_rows, kRows));  // of the next strip, fetched with each unit
-        for (i64 row = 0; row < n_rows; row += kRows) {
-          const auto* x = T::input(l) + (first_row + row) * x_stride + first * T::kUnit;
-          const auto* next = weights + first * T::kUnit * n_out + o + kWidth;
-          const i64 from = row / kRows * lines, to = smaller(from + lines, kLines);
-          const auto stored = [&](i64 u, V out[P]) {
-            for (int v = 0; v < P; v++) out[v] = T::stored(strip + (u * P + v) * kPanel * 4);
-            for (i64 line = from; line < to; line++) T::fetch(next + u * T::kUnit * n_out, n_out, line);
-          };
-          const i64 together = smaller(kRows, n_rows - row);
-          if (first + units == n_units) fetch_outputs(l, first_row + row, together, o, n);
-          with_count<kRows>(together, [&](auto count) {
-            constexpr int R = decltype(count)::value;
-            add_units<T, R, P>(x, x_stride, units, half + row * kWidth, kWidth, first == 0 || first == cut, stored);
-          });
+        const i64 past = first + units;
+        const auto* after = weights + (past < n_units ? past * T::kUnit * n_out + o : o + panels * kWidth);
+        for (i64 v = 0; v < n; v += kWidth) {
+          const u8* const panel = strip + v / kWidth * units * kUnitBytes;
+          const auto* const next = after + v;
+          for (i64 row = 0, from = 0; row < n_rows; row += together, from += lines) {
+            const auto* x = T::input(l) + (first_row + row) * x_stride + first * T::kUnit;
+            const i64 to = smaller(from + lines, kLines), count = smaller(together, n_rows - row);
+            const auto stored = [&](i64 u, V out[P]) {
+              for (int k = 0; k < P; k++) out[k] = T::stored(panel + u * kUnitBytes + k * kPanel * 4);
+              for (i64 line = from; line < to; line++) T::fetch(next + u * T::kUnit * n_out, n_out, line);
+            };
+            if (past == n_units) fetch_outputs(l, first_row + row, count, o + v, smaller(kWidth, n - v));
+            with_count<kRows>(count, [&](auto c) {
+              add_units<T, decltype(c)::value, P>(x, x_stride, units, half + row * width + v, width,
+                                                  first == 0 || first == cut, stored);
+            });
+          }
         }
       }
-      finish_sums<T, P>(l, first_row, n_rows, o, n, sums, kWidth);
+      finish_sums<T, P>(l, first_row, n_rows, o, n, sums, width);
     }
   }
 }
