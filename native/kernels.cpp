@@ -409,7 +409,7 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
   using V = typename T::V;
   constexpr int P = kRegisters > 8 ? 4 : 1;
   constexpr i64 kRows = 6, kUnits = 1024, kMany = 512, kWidth = P * kLanes, kUnitBytes = P * kPanel * 4;
-  constexpr i64 kLines = kWidth * T::kUnit * i64(sizeof(typename T::Element)) / 64;  // in a unit of a panel
+  constexpr i64 kLines = (kWidth * T::kUnit * i64(sizeof(typename T::Element)) + 63) / 64;  // in a unit of a panel
   static_assert((kUnits + 2 * kMany) * kWidth * 4 <= kScratch);
   const i64 n_in = l.w->n_in, n_out = l.w->n_out, x_stride = T::stride(l), n_units = div_up(n_in, T::kUnit);
   const i64 cut = cut_of(*l.w) / T::kUnit, panels = larger(1, smaller(8, kMany / l.n_rows));
