@@ -33,6 +33,8 @@
 
 // Whether bf16 weights are multiplied by bf16 inputs, or both in f32.
 #define PRONGHORN_HALF_INPUTS (PRONGHORN_ISA_avx512bf16 || PRONGHORN_ISA_amx)
+// Whether F has Parts.
+#define PRONGHORN_PARTS (PRONGHORN_ISA_avx2 || PRONGHORN_ISA_neon || PRONGHORN_ISA_dotprod)
 
 namespace pronghorn {
 namespace PRONGHORN_NAMESPACE {
@@ -298,6 +300,103 @@ void linear_out_in(const Linear& l, i64 begin, i64 end) {
   }
 }
 
+#if PRONGHORN_PARTS
+
+// R rows times O outputs: n_steps products of one part of the lanes are added to kept[r * kept_stride + o * kLanes].
+template <int R, int O>
+inline void dot_parts(const float* x, i64 x_stride, const float* w, i64 n_steps, float* kept, i64 kept_stride,
+                      bool first) {
+  Part sum[R][O];
+  for (int r = 0; r < R; r++)
+    for (int o = 0; o < O; o++) sum[r][o] = first ? part_zero() : load_part(kept + r * kept_stride + o * kLanes);
+#pragma GCC unroll 2
+  for (i64 s = 0; s < n_steps; s++) {
+    Part ws[O];
+    for (int o = 0; o < O; o++) ws[o] = load_part(w + (s * O + o) * kLanes);
+    for (int r = 0; r < R; r++) {
+      const Part xs = load_part(x + r * x_stride + s * kLanes);
+      for (int o = 0; o < O; o++) sum[r][o] = fma_part(xs, ws[o], sum[r][o]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int o = 0; o < O; o++) store_part(kept + r * kept_stride + o * kLanes, sum[r][o]);
+}
+
+// Many rows: the weights of some inputs of a few outputs are widened and laid side by side, before rows pass, part by
+// part of the lanes, so that registers hold the sums of more rows and outputs; the next weights are fetched meanwhile.
+// The sums are dot_rows'.
+template <typename T>
+void out_in_many(const Linear& l, i64 begin, i64 end, void* scratch) {
+  constexpr int O = kPartLanes == 8 ? 3 : 6;
+  constexpr i64 kRows = 4, kMany = 128, kWidth = 24, kInputs = 768, kKept = kWidth * kLanes;
+  constexpr i64 kTiles = kWidth / O * (kLanes / kPartLanes), kLine = 64 / i64(sizeof(typename T::Element));
+  static_assert((kWidth * kInputs + kMany * kKept) * 4 <= kScratch && kWidth % O == 0 && kWidth % 4 == 0);
+  const i64 n_in = l.w->n_in, x_stride = T::stride(l);
+  const i64 most = round_up(div_up(n_in, div_up(n_in, kInputs)), kLanes);  // inputs at a time
+  const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
+  auto *strip = static_cast<float*>(scratch), *kept = strip + kWidth * kInputs;  // [O-tuple][step][O], [row][output]
+  for (i64 o = begin; o < end; o += kWidth) {
+    const i64 n = smaller(kWidth, end - o);
+    const auto finish_row = [&](i64 row, const float* lanes) {
+      alignas(64) float sums[round_up(kWidth, kPanel)];
+      for (i64 k = 0; k < n; k += 4) {
+        const float* four = lanes + k * kLanes;
+        const F v[4] = {load(four), load(four + kLanes), load(four + 2 * kLanes), load(four + 3 * kLanes)};
+        lanes_sums(v, sums + k);
+      }
+      for (i64 k = 0; k < n; k += kPanel) {
+        const i64 outputs = smaller(kPanel, n - k);
+        finish(l, row, o + k, outputs, load_first(sums + k, outputs));
+      }
+    };
+    for (i64 first_row = 0; first_row < l.n_rows; first_row += kMany) {
+      const i64 n_rows = smaller(kMany, l.n_rows - first_row), tiles = div_up(n_rows, kRows) * kTiles;
+      for (i64 i = 0; i < n_in; i += most) {
+        const i64 inputs = smaller(most, n_in - i), steps = div_up(inputs, kLanes), whole = inputs / kLanes;
+        for (i64 k = 0; k < kWidth; k++) {
+          float* const to = strip + (k / O * steps * O + k % O) * kLanes;
+          const auto* w = weights + (o + k) * n_in + i;
+          for (i64 s = 0; s < steps; s++)
+            store(to + s * O * kLanes, k >= n      ? zero()
+                                       : s < whole ? T::w(w + s * kLanes)
+                                                   : T::w_first(w + s * kLanes, inputs - s * kLanes));
+        }
+        const bool last = i + inputs == n_in;
+        const auto* next = last ? weights + (o + kWidth) * n_in : weights + o * n_in + i + most;
+        const i64 lines = div_up(inputs, kLine);  // of each output
+        i64 tile = 0, fetched = 0;
+        for (i64 row = 0; row < n_rows; row += kRows) {
+          const i64 count = smaller(kRows, n_rows - row);
+          const auto* x = T::input(l) + (first_row + row) * x_stride + i;
+          float* const sums = kept + (most < n_in ? row * kKept : 0);
+          alignas(64) float rest[kRows][kLanes];
+          if (whole < steps)
+            for (i64 r = 0; r < count; r++)
+              store(rest[r], T::x_first(x + r * x_stride + whole * kLanes, inputs - whole * kLanes));
+          with_count<kRows>(count, [&](auto c) {
+            constexpr int R = decltype(c)::value;
+            for (i64 k = 0; k < n; k += O)
+              for (i64 p = 0; p < kLanes; p += kPartLanes) {
+                for (const i64 to = ++tile * kWidth * lines / tiles; fetched < to; fetched++)
+                  prefetch(next + fetched / lines * n_in + fetched % lines * kLine);
+                const float* w = strip + k * steps * kLanes + p;
+                float* const tuple = sums + k * kLanes + p;
+                if (whole) dot_parts<R, O>(x + p, x_stride, w, whole, tuple, kKept, i == 0);
+                if (whole < steps)
+                  dot_parts<R, O>(rest[0] + p, kLanes, w + whole * O * kLanes, 1, tuple, kKept, i + whole == 0);
+              }
+          });
+          if (!last) continue;
+          fetch_outputs(l, first_row + row, count, o, n);
+          for (i64 r = 0; r < count; r++) finish_row(first_row + row + r, sums + r * kKept);
+        }
+      }
+    }
+  }
+}
+
+#endif
+
 // [in, out]: lanes are outputs. R rows times P registers of outputs, for units whose weights `next` gives.
 template <typename T, int R, int P, typename Next>
 inline void add_units(const typename T::X* x, i64 x_stride, i64 n_units, float* sums, i64 width, bool start,
@@ -467,6 +566,9 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
 template <typename T>
 void linear_dense(const Linear& l, i64 begin, i64 end, void* scratch) {
   constexpr i64 kFew = kRegisters > 8 ? 6 : 4;
+#if PRONGHORN_PARTS
+  if (l.w->order == Order::out_in && l.n_rows > 4) return out_in_many<T>(l, begin, end, scratch);
+#endif
   if (l.w->order == Order::out_in) return linear_out_in<T>(l, begin, end);
   if (l.n_rows > kFew) return in_out_many<T>(l, begin, end, scratch);
   with_count<kFew>(l.n_rows, [&](auto count) {

@@ -48,7 +48,8 @@ inline float from_f16(u16 v) {
 
 // Each of these files gives F (16 floats), I (16 integers) and what follows.
 //
-// kRegisters: how many of them the processor's registers hold.
+// kRegisters: how many of them the processor's registers hold. Part: one of several registers that an F takes (AVX2,
+// NEON), for kernels whose sums would not fit otherwise.
 //
 // *_first: for the first n in 0..16 lanes; nothing is read or written past them, and the rest is zero.
 //

@@ -14,6 +14,15 @@ struct I {
 };
 constexpr int kRegisters = 8;
 
+struct Part {
+  __m256 v;
+};
+constexpr i64 kPartLanes = 8;
+inline Part part_zero() { return {_mm256_setzero_ps()}; }
+inline Part load_part(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store_part(float* p, Part x) { _mm256_storeu_ps(p, x.v); }
+inline Part fma_part(Part x, Part y, Part z) { return {_mm256_fmadd_ps(x.v, y.v, z.v)}; }
+
 inline F operator+(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline F operator-(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 inline F operator*(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }

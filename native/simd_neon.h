@@ -21,6 +21,15 @@ struct Halves {
 };
 constexpr int kRegisters = 8;
 
+struct Part {
+  float32x4_t v;
+};
+constexpr i64 kPartLanes = 4;
+inline Part part_zero() { return {vdupq_n_f32(0)}; }
+inline Part load_part(const float* p) { return {vld1q_f32(p)}; }
+inline void store_part(float* p, Part x) { vst1q_f32(p, x.v); }
+inline Part fma_part(Part x, Part y, Part z) { return {vfmaq_f32(z.v, x.v, y.v)}; }
+
 // To each quarter of its arguments.
 template <typename To, typename Op, typename... From>
 inline To each(const Op& op, const From&... x) {
