@@ -460,7 +460,7 @@ class Problem {
     if (bfloats && halved_) {
       *error = 0;
       const std::uint16_t *x = halves_.data() + r * stride_, *w = dense16_->data() + at;
-      return double{pairs_ ? twin::bfloat_pairs_dot(x, w, step, n_in_, shape_.order == Order::out_in ? 16 : 1)
+      return double{pairs_ ? twin::bfloat_pairs_dot(x, w, step, n_in_, shape_.order)
                            : twin::bfloat_dot(x, w, step, n_in_)};
     }
     for (i64 i = 0; i < n_in_; ++i) {

@@ -111,14 +111,14 @@ inline float bfloat_dot(const std::uint16_t* x, const std::uint16_t* w, i64 w_st
   return sum;
 }
 
-// VDPBF16PS's: pair p goes to chain p % n_chains, its odd product first; the chains are added by lanes n_chains / 2, /
-// 4,
-// ... apart. One chain in the [in, out] order, 16 in the other.
-inline float bfloat_pairs_dot(const std::uint16_t* x, const std::uint16_t* w, i64 w_stride, i64 n, i64 n_chains) {
+// VDPBF16PS's: each pair's odd product is added before its even one. In the [out, in] order pair p goes to chain p %
+// 16, and the chains are added by lanes 8, 4, 2, 1 apart; in the other there is a chain for each half of the inputs.
+inline float bfloat_pairs_dot(const std::uint16_t* x, const std::uint16_t* w, i64 w_stride, i64 n, Order order) {
+  const i64 n_chains = order == Order::out_in ? 16 : 2, cut = ((n + 1) / 2 + 7) / 8 * 8;
   float chains[16] = {};
   for (i64 pair = 0; pair < (n + 31) / 32 * 16; ++pair)
     for (i64 i : {2 * pair + 1, 2 * pair}) {
-      float& chain = chains[pair % n_chains];
+      float& chain = chains[order == Order::out_in ? pair % n_chains : i64{i >= cut}];
       chain = std::fma(i < n ? bfloat(x[i]) : 0, i < n ? bfloat(w[i * w_stride]) : 0, chain);
     }
   for (i64 apart = n_chains / 2; apart > 0; apart /= 2)
