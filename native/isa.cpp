@@ -65,6 +65,9 @@ struct Cpu {
     avx512 = avx2 && has_avx512 && (low & 0xe6) == 0xe6;
     bf16 = avx512 && has_bf16;
     amx = avx512 && has_tiles && (low & 0x60000) == 0x60000 && permit_tiles();
+#ifdef PRONGHORN_EMULATE_AVX512
+    avx512 = bf16 = avx2;
+#endif
   }
 
   // Linux gives the tiles' state only to processes that ask, before their other threads start.

@@ -1,7 +1,11 @@
 // 16 lanes in one register of AVX-512. Included by simd.h.
 #pragma once
 
+#ifdef PRONGHORN_EMULATE_AVX512
+#include "avx512.h"  // of the tests
+#else
 #include <immintrin.h>
+#endif
 
 namespace pronghorn {
 namespace PRONGHORN_NAMESPACE {
