@@ -112,7 +112,8 @@ inline void finish(const Linear& l, i64 row, i64 o, i64 n, F sum) {
 // adds the products of x and w to 16 sums.
 //
 // In the [in, out] order inputs come in units of kUnit, whose weights for 16 P outputs are P registers (`unit`, in an
-// order of outputs that `in_order` undoes), and whose inputs are the 4 bytes that `broadcast` takes.
+// order of outputs that `in_order` undoes), and whose inputs are the 4 bytes that `broadcast` takes. `fetch` asks for
+// one of the lines that a unit's weights are in.
 struct Half {
   u16 bits;
 };
@@ -125,9 +126,6 @@ inline F widen(const Brain* p) { return load_bf16(p); }
 inline F widen_first(const float* p, i64 n) { return load_first(p, n); }
 inline F widen_first(const Half* p, i64 n) { return load_f16_first(p, n); }
 inline F widen_first(const Brain* p, i64 n) { return load_bf16_first(p, n); }
-
-// Inputs that few rows take at a time, in the [in, out] order.
-constexpr i64 kFewInputs = 8;
 
 template <typename E>
 struct Floats {
@@ -146,8 +144,8 @@ struct Floats {
   static V stored(const u8* p) { return load(reinterpret_cast<const float*>(p)); }
   static void keep(u8* p, V v) { store(reinterpret_cast<float*>(p), v); }
   template <int P>
-  static void unit(const Element* p, i64 n_out, V out[P]) {
-    for (int v = 0; v < P; v++) out[v] = widen(p + v * kLanes), prefetch(p + v * kLanes + kFewInputs * n_out);
+  static void unit(const Element* p, i64, V out[P]) {
+    for (int v = 0; v < P; v++) out[v] = widen(p + v * kLanes);
   }
   template <int P>
   static void unit_first(const Element* p, i64, i64, i64 n, V out[P]) {
@@ -194,7 +192,6 @@ struct Bf16 {
   static void unit(const Element* p, i64 n_out, V out[P]) {
     for (int v = 0; v < P; v += 2) {
       const u16* q = p + v * kLanes;
-      prefetch(q + 32 * n_out), prefetch(q + 33 * n_out);
       zip_halves(load_halves(q, 32), load_halves(q + n_out, 32), out[v], out[v + 1]);
     }
   }
@@ -417,9 +414,17 @@ inline void add_units(const typename T::X* x, i64 x_stride, i64 n_units, float* 
     for (int v = 0; v < P; v++) store(sums + r * width + v * kLanes, sum[r][v]);
 }
 
+// The lines that the weights of a unit and P registers of outputs are in.
+template <typename T, int P>
+constexpr i64 kLines = (P * kLanes * T::kUnit * i64(sizeof(typename T::Element)) + 63) / 64;
+template <typename T, int P>
+__attribute__((always_inline)) inline void fetch_unit(const typename T::Element* p, i64 n_out) {
+  for (i64 line = 0; line < kLines<T, P>; line++) T::fetch(p, n_out, line);
+}
+
 // Where the inputs' second half begins (for 8 and fewer: past them all). Each half has a chain of its own, so that
 // threads can share out the inputs, too.
-inline i64 cut_of(const Matrix& w) { return round_up(div_up(w.n_in, 2), kFewInputs); }
+inline i64 cut_of(const Matrix& w) { return round_up(div_up(w.n_in, 2), 8); }
 
 // The halves' sums, [2][n_rows][width], of outputs [o, o + n) of some rows.
 template <typename T, int P>
@@ -446,19 +451,24 @@ constexpr int kFewPanels = kRegisters > 8 || R == 1 ? 4
 template <typename T, int R>
 void in_out_sums(const Linear& l, i64 first, i64 last, i64 o, i64 n, float* sums, i64 width) {
   constexpr int P = kFewPanels<R>;
+  // Inputs at a time: many where the sums' way to memory and back counts, few where the file's pages do.
+  constexpr i64 kInputs = kRegisters > 8 && (R > 3 || T::kUnit > 1) ? 32 : 8;
   const i64 n_out = l.w->n_out, x_stride = T::stride(l);
   const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
   if (first >= last) std::memset(sums, 0, size_t(R * width) * sizeof(float));
-  for (i64 i = first; i < last; i += kFewInputs) {
-    const i64 inputs = smaller(kFewInputs, last - i);
+  for (i64 i = first; i < last; i += kInputs) {
+    const i64 inputs = smaller(kInputs, last - i);
     const auto* x = T::input(l) + i;
     for (i64 v = 0; v < n; v += P * kLanes) {
       const auto* w = weights + i * n_out + o + v;
       const i64 outputs = n - v;
-      if (inputs == kFewInputs && outputs >= P * kLanes) {
-        add_units<T, R, P>(
-            x, x_stride, kFewInputs / T::kUnit, sums + v, width, i == first,
-            [&](i64 u, typename T::V out[P]) { T::template unit<P>(w + u * T::kUnit * n_out, n_out, out); });
+      if (inputs == kInputs && outputs >= P * kLanes) {
+        add_units<T, R, P>(x, x_stride, kInputs / T::kUnit, sums + v, width, i == first,
+                           [&](i64 u, typename T::V out[P]) {
+                             const auto* wu = w + u * T::kUnit * n_out;
+                             T::template unit<P>(wu, n_out, out);
+                             fetch_unit<T, P>(wu + kInputs * n_out, n_out);
+                           });
       } else {
         add_units<T, R, P>(
             x, x_stride, div_up(inputs, T::kUnit), sums + v, width, i == first, [&](i64 u, typename T::V out[P]) {
@@ -501,14 +511,66 @@ void in_out_half(const Linear& l, int half, i64 begin, i64 end, float* sums, flo
   }
 }
 
-// Many rows: the weights of some inputs of a strip of outputs are first laid side by side, panel by panel. Of fewer
-// rows the strip is wider: each input's weights are in a page of their own, and a longer stretch of it is read at once.
+// Many rows, where registers hold sums of four lines' width: some inputs' weights are taken as they stand, by one group
+// of rows after the other. They stay in the second cache meanwhile, and the next ones come.
+template <typename T>
+void in_out_straight(const Linear& l, i64 begin, i64 end, void* scratch) {
+  using V = typename T::V;
+  constexpr int P = 4;
+  constexpr i64 kRows = 6, kUnits = 192, kMany = 512, kWidth = P * kLanes, kFetched = 2;
+  static_assert(2 * kMany * kWidth * 4 <= kScratch && kLines<T, P> % kFetched == 0);
+  const i64 n_in = l.w->n_in, n_out = l.w->n_out, x_stride = T::stride(l), n_units = div_up(n_in, T::kUnit);
+  const i64 cut = smaller(cut_of(*l.w) / T::kUnit, n_units);
+  const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
+  auto* sums = static_cast<float*>(scratch);
+  for (i64 o = begin; o < end; o += kWidth) {
+    const i64 n = smaller(kWidth, end - o);
+    for (i64 first_row = 0; first_row < l.n_rows; first_row += kMany) {
+      const i64 n_rows = smaller(kMany, l.n_rows - first_row), groups = div_up(n_rows, kRows);
+      const i64 together = div_up(n_rows, groups), asking = smaller(groups, 4);
+      if (cut == n_units) std::memset(sums + n_rows * kWidth, 0, size_t(n_rows * kWidth) * sizeof(float));
+      for (i64 first = 0, units; first < n_units; first += units) {
+        units = smaller(kUnits, (first < cut ? cut : n_units) - first);
+        const i64 past = first + units;
+        const bool whole = n == kWidth && past * T::kUnit <= n_in;
+        float* const half = sums + (first < cut ? 0 : n_rows * kWidth);
+        const auto* w = weights + first * T::kUnit * n_out + o;
+        const auto* next = weights + (past < n_units ? past * T::kUnit * n_out + o : o + kWidth);
+        for (i64 row = 0, group = 0; row < n_rows; row += together, group++) {
+          const i64 count = smaller(together, n_rows - row), line = group * kLines<T, P> / asking / kFetched * kFetched;
+          const auto* x = T::input(l) + (first_row + row) * x_stride + first * T::kUnit;
+          const auto add = [&](const auto& unit) {
+            with_count<kRows>(count, [&](auto c) {
+              add_units<T, decltype(c)::value, P>(x, x_stride, units, half + row * kWidth, kWidth,
+                                                  first == 0 || first == cut, unit);
+            });
+          };
+          if (past == n_units) fetch_outputs(l, first_row + row, count, o, n);
+          if (whole)
+            add([&](i64 u, V out[P]) {
+              T::template unit<P>(w + u * T::kUnit * n_out, n_out, out);
+              if (group < asking)
+                for (i64 k = line; k < line + kFetched; k++) T::fetch(next + u * T::kUnit * n_out, n_out, k);
+            });
+          else
+            add([&](i64 u, V out[P]) {
+              T::template unit_first<P>(w + u * T::kUnit * n_out, n_out, n_in - (first + u) * T::kUnit, n, out);
+            });
+        }
+      }
+      finish_sums<T, P>(l, first_row, n_rows, o, n, sums, kWidth);
+    }
+  }
+}
+
+// Many rows, elsewhere: the weights of some inputs of a strip of outputs are first laid side by side, panel by panel.
+// Of fewer rows the strip is wider: each input's weights are in a page of their own, and a longer stretch of it is read
+// at once.
 template <typename T>
 void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
   using V = typename T::V;
-  constexpr int P = kRegisters > 8 ? 4 : 1;
+  constexpr int P = 1;
   constexpr i64 kRows = 6, kUnits = 1024, kMany = 512, kWidth = P * kLanes, kUnitBytes = P * kPanel * 4;
-  constexpr i64 kLines = (kWidth * T::kUnit * i64(sizeof(typename T::Element)) + 63) / 64;  // in a unit of a panel
   static_assert((kUnits + 2 * kMany) * kWidth * 4 <= kScratch);
   const i64 n_in = l.w->n_in, n_out = l.w->n_out, x_stride = T::stride(l), n_units = div_up(n_in, T::kUnit);
   const i64 cut = cut_of(*l.w) / T::kUnit, panels = larger(1, smaller(8, kMany / l.n_rows));
@@ -520,7 +582,7 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
     for (i64 first_row = 0; first_row < l.n_rows; first_row += kMany) {
       const i64 n_rows = smaller(kMany, l.n_rows - first_row);
       const i64 groups = div_up(n_rows, kRows), together = div_up(n_rows, groups);
-      const i64 lines = div_up(kLines, groups);  // of the next strip, fetched with each unit
+      const i64 lines = div_up(kLines<T, P>, groups);  // of the next strip, fetched with each unit
       if (cut >= n_units) std::memset(sums + n_rows * width, 0, size_t(n_rows * width) * sizeof(float));
       for (i64 first = 0, units; first < n_units; first += units) {
         units = smaller(kUnits / panels, (first < cut ? smaller(cut, n_units) : n_units) - first);
@@ -531,7 +593,7 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
           for (i64 v = 0; v < n; v += kWidth) {
             V out[P];
             if (n - v >= kWidth && i + T::kUnit <= n_in)
-              T::template unit<P>(w + v, n_out, out);
+              T::template unit<P>(w + v, n_out, out), fetch_unit<T, P>(w + v + 8 * n_out, n_out);
             else
               T::template unit_first<P>(w + v, n_out, n_in - i, n - v, out);
             u8* to = strip + (v / kWidth * units + u) * kUnitBytes;
@@ -545,7 +607,7 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
           const auto* const next = after + v;
           for (i64 row = 0, from = 0; row < n_rows; row += together, from += lines) {
             const auto* x = T::input(l) + (first_row + row) * x_stride + first * T::kUnit;
-            const i64 to = smaller(from + lines, kLines), count = smaller(together, n_rows - row);
+            const i64 to = smaller(from + lines, kLines<T, P>), count = smaller(together, n_rows - row);
             const auto stored = [&](i64 u, V out[P]) {
               for (int k = 0; k < P; k++) out[k] = T::stored(panel + u * kUnitBytes + k * kPanel * 4);
               for (i64 line = from; line < to; line++) T::fetch(next + u * T::kUnit * n_out, n_out, line);
@@ -570,7 +632,10 @@ void linear_dense(const Linear& l, i64 begin, i64 end, void* scratch) {
   if (l.w->order == Order::out_in && l.n_rows > 4) return out_in_many<T>(l, begin, end, scratch);
 #endif
   if (l.w->order == Order::out_in) return linear_out_in<T>(l, begin, end);
-  if (l.n_rows > kFew) return in_out_many<T>(l, begin, end, scratch);
+  if (l.n_rows > kFew) {
+    if constexpr (kRegisters > 8) return in_out_straight<T>(l, begin, end, scratch);
+    return in_out_many<T>(l, begin, end, scratch);
+  }
   with_count<kFew>(l.n_rows, [&](auto count) {
     in_out_few<T, decltype(count)::value>(l, begin, end, static_cast<float*>(scratch));
   });
