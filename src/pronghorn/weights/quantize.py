@@ -271,7 +271,7 @@ class Jobs:
         import mmap
 
         from pronghorn._native import ReadAhead
-        from pronghorn.weights.files import progress, replacing
+        from pronghorn.weights.files import in_large_pages, progress, replacing
 
         header: dict[str, Any] = {"__metadata__": {"pronghorn": str(FORMAT), "checksum": "0" * 16}}
         end = 0
@@ -282,7 +282,7 @@ class Jobs:
         text += " " * (-(8 + len(text)) % ALIGNMENT)
         start = 8 + len(text)
         with replacing(path, start + end) as file:
-            view = memoryview(mmap.mmap(file.fileno(), start + end))
+            view = memoryview(in_large_pages(mmap.mmap(file.fileno(), start + end)))
             for name in progress(self.sizes.items(), "packing"):
                 begin = start + header[name]["data_offsets"][0]
                 self.convert(name, view[begin : begin + self.sizes[name]])
