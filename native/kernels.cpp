@@ -452,7 +452,7 @@ template <typename T, int R>
 void in_out_sums(const Linear& l, i64 first, i64 last, i64 o, i64 n, float* sums, i64 width) {
   constexpr int P = kFewPanels<R>;
   // Inputs at a time: many where the sums' way to memory and back counts, few where the file's pages do.
-  constexpr i64 kInputs = kRegisters > 8 && (R > 3 || T::kUnit > 1) ? 32 : 8;
+  constexpr i64 kInputs = kRegisters > 8 && R > 3 ? 32 : 8;
   const i64 n_out = l.w->n_out, x_stride = T::stride(l);
   const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
   if (first >= last) std::memset(sums, 0, size_t(R * width) * sizeof(float));
