@@ -141,8 +141,6 @@ struct Floats {
   static V w_first(const Element* p, i64 n) { return widen_first(p, n); }
   static F multiply_add(V x, V w, F sum) { return fma(x, w, sum); }
   static V broadcast(const X* p) { return set(*p); }
-  static V stored(const u8* p) { return load(reinterpret_cast<const float*>(p)); }
-  static void keep(u8* p, V v) { store(reinterpret_cast<float*>(p), v); }
   template <int P>
   static void unit(const Element* p, i64, V out[P]) {
     for (int v = 0; v < P; v++) out[v] = widen(p + v * kLanes);
@@ -181,8 +179,6 @@ struct Bf16 {
   static V w(const Element* p) { return load_halves(p, 32); }
   static V w_first(const Element* p, i64 n) { return load_halves(p, n); }
   static F multiply_add(V x, V w, F sum) { return dot_pairs(x, w, sum); }
-  static V stored(const u8* p) { return load_quads(p); }
-  static void keep(u8* p, V v) { store_quads(p, v); }
   static V broadcast(const X* p) {
     i32 pair;
     std::memcpy(&pair, p, sizeof pair);
@@ -563,64 +559,51 @@ void in_out_straight(const Linear& l, i64 begin, i64 end, void* scratch) {
   }
 }
 
-// Many rows, elsewhere: the weights of some inputs of a strip of outputs are first laid side by side, panel by panel.
-// Of fewer rows the strip is wider: each input's weights are in a page of their own, and a longer stretch of it is read
-// at once.
+// Many rows, elsewhere: the weights of some inputs of a strip of outputs are first widened and laid side by side, panel
+// by panel. Of fewer rows the strip is wider: each input's weights are in a page of their own, and a longer stretch of
+// it is read at once.
 template <typename T>
 void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
-  using V = typename T::V;
-  constexpr int P = 1;
-  constexpr i64 kRows = 6, kUnits = 1024, kMany = 512, kWidth = P * kLanes, kUnitBytes = P * kPanel * 4;
-  static_assert((kUnits + 2 * kMany) * kWidth * 4 <= kScratch);
-  const i64 n_in = l.w->n_in, n_out = l.w->n_out, x_stride = T::stride(l), n_units = div_up(n_in, T::kUnit);
-  const i64 cut = cut_of(*l.w) / T::kUnit, panels = larger(1, smaller(8, kMany / l.n_rows));
+  constexpr i64 kRows = 6, kInputs = 1024, kMany = 512;
+  static_assert((kInputs + 2 * kMany) * kLanes * 4 <= kScratch && T::kUnit == 1 && kLines<T, 1> == 1);
+  const i64 n_in = l.w->n_in, n_out = l.w->n_out, x_stride = T::stride(l);
+  const i64 cut = smaller(cut_of(*l.w), n_in), panels = larger(1, smaller(8, kMany / l.n_rows));
   const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
-  auto* strip = static_cast<u8*>(scratch);
-  auto* sums = static_cast<float*>(scratch) + kUnits * kWidth;
-  for (i64 o = begin; o < end; o += panels * kWidth) {
-    const i64 n = smaller(panels * kWidth, end - o), width = round_up(n, kWidth);
+  auto *strip = static_cast<float*>(scratch), *sums = strip + kInputs * kLanes;
+  for (i64 o = begin; o < end; o += panels * kLanes) {
+    const i64 n = smaller(panels * kLanes, end - o), width = round_up(n, kLanes);
     for (i64 first_row = 0; first_row < l.n_rows; first_row += kMany) {
-      const i64 n_rows = smaller(kMany, l.n_rows - first_row);
-      const i64 groups = div_up(n_rows, kRows), together = div_up(n_rows, groups);
-      const i64 lines = div_up(kLines<T, P>, groups);  // of the next strip, fetched with each unit
-      if (cut >= n_units) std::memset(sums + n_rows * width, 0, size_t(n_rows * width) * sizeof(float));
-      for (i64 first = 0, units; first < n_units; first += units) {
-        units = smaller(kUnits / panels, (first < cut ? smaller(cut, n_units) : n_units) - first);
+      const i64 n_rows = smaller(kMany, l.n_rows - first_row), together = div_up(n_rows, div_up(n_rows, kRows));
+      if (cut == n_in) std::memset(sums + n_rows * width, 0, size_t(n_rows * width) * sizeof(float));
+      for (i64 first = 0, inputs; first < n_in; first += inputs) {
+        inputs = smaller(kInputs / panels, (first < cut ? cut : n_in) - first);
         float* const half = sums + (first < cut ? 0 : n_rows * width);
-        for (i64 u = 0; u < units; u++) {
-          const i64 i = (first + u) * T::kUnit;
-          const auto* w = weights + i * n_out + o;
-          for (i64 v = 0; v < n; v += kWidth) {
-            V out[P];
-            if (n - v >= kWidth && i + T::kUnit <= n_in)
-              T::template unit<P>(w + v, n_out, out), fetch_unit<T, P>(w + v + 8 * n_out, n_out);
-            else
-              T::template unit_first<P>(w + v, n_out, n_in - i, n - v, out);
-            u8* to = strip + (v / kWidth * units + u) * kUnitBytes;
-            for (int k = 0; k < P; k++) T::keep(to + k * kPanel * 4, out[k]);
+        for (i64 i = 0; i < inputs; i++)
+          for (i64 v = 0; v < n; v += kLanes) {
+            const auto* w = weights + (first + i) * n_out + o + v;
+            fetch_unit<T, 1>(w + 8 * n_out, n_out);
+            store(strip + (v / kLanes * inputs + i) * kLanes, n - v < kLanes ? widen_first(w, n - v) : widen(w));
           }
-        }
-        const i64 past = first + units;
-        const auto* after = weights + (past < n_units ? past * T::kUnit * n_out + o : o + panels * kWidth);
-        for (i64 v = 0; v < n; v += kWidth) {
-          const u8* const panel = strip + v / kWidth * units * kUnitBytes;
-          const auto* const next = after + v;
-          for (i64 row = 0, from = 0; row < n_rows; row += together, from += lines) {
-            const auto* x = T::input(l) + (first_row + row) * x_stride + first * T::kUnit;
-            const i64 to = smaller(from + lines, kLines<T, P>), count = smaller(together, n_rows - row);
-            const auto stored = [&](i64 u, V out[P]) {
-              for (int k = 0; k < P; k++) out[k] = T::stored(panel + u * kUnitBytes + k * kPanel * 4);
-              for (i64 line = from; line < to; line++) T::fetch(next + u * T::kUnit * n_out, n_out, line);
+        const i64 past = first + inputs;
+        const auto* after = weights + (past < n_in ? past * n_out + o : o + panels * kLanes);
+        for (i64 v = 0; v < n; v += kLanes) {
+          const float* const panel = strip + v / kLanes * inputs * kLanes;
+          for (i64 row = 0; row < n_rows; row += together) {
+            const auto* x = T::input(l) + (first_row + row) * x_stride + first;
+            const i64 count = smaller(together, n_rows - row);
+            const auto stored = [&](i64 i, F out[1]) {
+              out[0] = load(panel + i * kLanes);
+              if (row == 0) fetch_unit<T, 1>(after + v + i * n_out, n_out);  // of the next strip
             };
-            if (past == n_units) fetch_outputs(l, first_row + row, count, o + v, smaller(kWidth, n - v));
+            if (past == n_in) fetch_outputs(l, first_row + row, count, o + v, smaller(kLanes, n - v));
             with_count<kRows>(count, [&](auto c) {
-              add_units<T, decltype(c)::value, P>(x, x_stride, units, half + row * width + v, width,
+              add_units<T, decltype(c)::value, 1>(x, x_stride, inputs, half + row * width + v, width,
                                                   first == 0 || first == cut, stored);
             });
           }
         }
       }
-      finish_sums<T, P>(l, first_row, n_rows, o, n, sums, width);
+      finish_sums<T, 1>(l, first_row, n_rows, o, n, sums, width);
     }
   }
 }
@@ -633,8 +616,10 @@ void linear_dense(const Linear& l, i64 begin, i64 end, void* scratch) {
 #endif
   if (l.w->order == Order::out_in) return linear_out_in<T>(l, begin, end);
   if (l.n_rows > kFew) {
-    if constexpr (kRegisters > 8) return in_out_straight<T>(l, begin, end, scratch);
-    return in_out_many<T>(l, begin, end, scratch);
+    if constexpr (kRegisters > 8)
+      return in_out_straight<T>(l, begin, end, scratch);
+    else
+      return in_out_many<T>(l, begin, end, scratch);
   }
   with_count<kFew>(l.n_rows, [&](auto count) {
     in_out_few<T, decltype(count)::value>(l, begin, end, static_cast<float*>(scratch));

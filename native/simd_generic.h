@@ -107,7 +107,6 @@ inline Quads load_quads(const u8* p) {
 }
 inline Quads low_nibbles(Quads v) { return v & 15; }
 inline Quads high_nibbles(Quads v) { return v >> 4; }
-inline void store_quads(u8* p, Quads v) { std::memcpy(p, &v, sizeof v); }
 using ByteQuad = i32;
 constexpr i32 kBytesOffset = 128;
 inline I dot_bytes(I sum, Quads w, i32 quad) {
