@@ -275,11 +275,12 @@ def test_draining_and_closing(llm: LLM) -> None:
         assert sum([len(chunk.token_ids) async for chunk in stream]) == 200
         engine.close()
         engine = AsyncLLM(llm)
-        stream = await engine.submit("a", FOREVER)
-        await anext(stream)
+        # (More than run at once, so that the last is not done yet, however late this thread has its turn.)
+        streams = [await engine.submit("a", FOREVER) for _ in range(engine.max_sequences + 2)]
+        await anext(streams[0])
         engine.close()
         with pytest.raises(PronghornError, match="cancelled"):
-            async for _ in stream:
+            async for _ in streams[-1]:
                 pass
         assert all_free(llm)
 
