@@ -472,7 +472,6 @@ void Program::finish() {
   for (const Buffer& b : buffers_) widest = std::max(widest, b.row_bytes);
   few_bytes_ = round_up(place_buffers(kFew, kFewRows) + 16 * widest, 4096);
   logits_ = Memory(max_tokens_ * vocab_size_ * 4);
-  taken_ = std::make_unique<Taken[]>(instructions_.size());
   finished_ = true;
 }
 
@@ -533,7 +532,6 @@ const float* Program::run(const Batch& batch, const KvCache& cache, Pool& pool) 
   for (const AttendPlan& plan : plans) floats = std::max(floats, plan.floats());
   if (floats * 4 > partials_.size()) partials_ = Memory(floats * 4);
   for (AttendPlan& plan : plans) plan.place(reinterpret_cast<float*>(partials_.data()));
-  for (size_t i = 0; i < instructions_.size(); i++) taken_[i].parts.store(0, std::memory_order_relaxed);
   pool.run([&](int thread) {
     const Frame frame{*this, mode, thread};
     for (const Instruction& in : instructions_) {
@@ -605,16 +603,6 @@ void Program::execute(const Instruction& in, const Batch& batch, const KvCache& 
         return;
       }
       if (in.kind == Kind::join) return;
-      if (frame.mode == kFew && n) {
-        // Memory sets the pace of one row, and not the same for every thread: each takes what is next.
-        const int parts = static_cast<int>(std::min<i64>(4 * size, div_up(w.n_out, kPanel)));
-        std::atomic<int>& taken = taken_[static_cast<size_t>(&in - instructions_.data())].parts;
-        for (int part; (part = taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
-          const Share outputs(w.n_out, kPanel, part, parts);
-          kernels_.linear(l, outputs.begin, outputs.end, scratch);
-        }
-        return;
-      }
       const Share outputs(w.n_out, kPanel, thread, size);
       if (n && outputs.begin < outputs.end) kernels_.linear(l, outputs.begin, outputs.end, scratch);
       return;

@@ -1,9 +1,7 @@
 // A model as a list of instructions, recorded once and executed for any batch.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -213,11 +211,6 @@ class Program {
   std::vector<Rope> ropes_;
   std::vector<Buffer> buffers_;
   std::vector<Instruction> instructions_;
-  // The parts of an instruction's outputs that threads have taken in this run.
-  struct alignas(64) Taken {
-    std::atomic<int> parts{0};
-  };
-  std::unique_ptr<Taken[]> taken_;
   std::vector<size_t> planned_;  // the instruction that each plan of a run is made for
   i64 few_bytes_ = 0;            // of a thread's part of the arena for few rows
   Memory arenas_[kModes], logits_, partials_;
