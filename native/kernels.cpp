@@ -843,7 +843,8 @@ void quantized_panels(const Linear& l, i64 begin, i64 end, i64 first_row, i64 n_
           const u8* from = panel + (at - o) / kPanel * layout.size;
           // For one pass evenly what is some way ahead; for several, each a part of the panels after these.
           const i64 bytes = P * layout.size / passes;
-          const u8* next = passes == 1 ? from + 2 * kAhead : from + P * layout.size + i / kRows * bytes;
+          const u8* next = passes == 1 ? from + (kNibbles<K> || kRegisters == 8 ? 2 : 1) * kAhead
+                                       : from + P * layout.size + i / kRows * bytes;
           const Ahead ahead{next, bytes / layout.n_groups};
           // Groups of the usual sizes are unrolled, where registers are few for one row and for nibbles only.
           if constexpr (kRegisters > 8 || (kRegisters == 8 && (R == 1 || kNibbles<K>))) {
