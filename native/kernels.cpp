@@ -418,9 +418,12 @@ __attribute__((always_inline)) inline void fetch_unit(const typename T::Element*
   for (i64 line = 0; line < kLines<T, P>; line++) T::fetch(p, n_out, line);
 }
 
-// Where the inputs' second half begins (for 8 and fewer: past them all). Each half has a chain of its own, so that
-// threads can share out the inputs, too.
-inline i64 cut_of(const Matrix& w) { return round_up(div_up(w.n_in, 2), 8); }
+// Inputs at a time where the file's pages count: so many stretches of it are read side by side.
+constexpr i64 kFewInputs = 8;
+
+// Where the inputs' second half begins (for kFewInputs and fewer: past them all). Each half has a chain of its own, so
+// that threads can share out the inputs, too.
+inline i64 cut_of(const Matrix& w) { return round_up(div_up(w.n_in, 2), kFewInputs); }
 
 // The halves' sums, [2][n_rows][width], of outputs [o, o + n) of some rows.
 template <typename T, int P>
@@ -447,8 +450,7 @@ constexpr int kFewPanels = kRegisters > 8 || R == 1 ? 4
 template <typename T, int R>
 void in_out_sums(const Linear& l, i64 first, i64 last, i64 o, i64 n, float* sums, i64 width) {
   constexpr int P = kFewPanels<R>;
-  // Inputs at a time: many where the sums' way to memory and back counts, few where the file's pages do.
-  constexpr i64 kInputs = kRegisters > 8 && R > 3 ? 32 : 8;
+  constexpr i64 kInputs = kRegisters > 8 && R > 3 ? 32 : kFewInputs;  // more, where the sums' way to memory counts
   const i64 n_out = l.w->n_out, x_stride = T::stride(l);
   const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
   if (first >= last) std::memset(sums, 0, size_t(R * width) * sizeof(float));
@@ -523,7 +525,7 @@ void in_out_straight(const Linear& l, i64 begin, i64 end, void* scratch) {
     const i64 n = smaller(kWidth, end - o);
     for (i64 first_row = 0; first_row < l.n_rows; first_row += kMany) {
       const i64 n_rows = smaller(kMany, l.n_rows - first_row), groups = div_up(n_rows, kRows);
-      const i64 together = div_up(n_rows, groups), asking = smaller(groups, 4);
+      const i64 together = div_up(n_rows, groups), asking = smaller(groups, 4);  // groups that fetch
       if (cut == n_units) std::memset(sums + n_rows * kWidth, 0, size_t(n_rows * kWidth) * sizeof(float));
       for (i64 first = 0, units; first < n_units; first += units) {
         units = smaller(kUnits, (first < cut ? cut : n_units) - first);
@@ -581,7 +583,7 @@ void in_out_many(const Linear& l, i64 begin, i64 end, void* scratch) {
         for (i64 i = 0; i < inputs; i++)
           for (i64 v = 0; v < n; v += kLanes) {
             const auto* w = weights + (first + i) * n_out + o + v;
-            fetch_unit<T, 1>(w + 8 * n_out, n_out);
+            fetch_unit<T, 1>(w + kFewInputs * n_out, n_out);
             store(strip + (v / kLanes * inputs + i) * kLanes, n - v < kLanes ? widen_first(w, n - v) : widen(w));
           }
         const i64 past = first + inputs;

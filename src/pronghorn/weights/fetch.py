@@ -6,12 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pronghorn.weights.files import shown
+from pronghorn.weights.files import CHUNK, shown
 
 ATTEMPTS = 5
 PAUSE = 1.0  # seconds before the second attempt, and one more before each other
 
-_CHUNK = 2 << 20  # what is written at once can be one page of the page cache
 _TIMEOUT = 30.0  # seconds without a byte
 
 
@@ -76,7 +75,7 @@ def _continue(url: str, part: Path, have: int, bar: Any) -> bool:
         bar.total = total
         bar.update(have - bar.n)
         with part.open("ab" if have else "wb") as out:
-            while chunk := answer.read(_CHUNK):
+            while chunk := answer.read(CHUNK):
                 out.write(chunk)
                 bar.update(len(chunk))
             size = out.tell()
@@ -98,7 +97,7 @@ def _md5(path: Path) -> str:
 
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(CHUNK):
             digest.update(chunk)
     return base64.b64encode(digest.digest()).decode()
 

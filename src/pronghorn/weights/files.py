@@ -14,6 +14,8 @@ from pronghorn.errors import CheckpointError, PromptError
 
 T = TypeVar("T")
 
+CHUNK = 2 << 20  # bytes to copy at a time: what is written at once can be one page of the page cache
+
 # What a file that is not what it should be turns out to be, by its first bytes.
 _SIGNATURES = (
     (b"PK\x03\x04", "a zip archive (perhaps PyTorch's, a pickle: opening one can run any code)"),

