@@ -113,7 +113,8 @@ inline void finish(const Linear& l, i64 row, i64 o, i64 n, F sum) {
 //
 // In the [in, out] order inputs come in units of kUnit, whose weights for 16 P outputs are P registers (`unit`, in an
 // order of outputs that `in_order` undoes), and whose inputs are the 4 bytes that `broadcast` takes. `fetch` asks for
-// one of the lines that a unit's weights are in.
+// one of the lines that a unit's weights are in, by its last byte: where the file does not lie in whole lines, that is
+// in the next one, and the first has come with the outputs before.
 struct Half {
   u16 bits;
 };
@@ -151,8 +152,9 @@ struct Floats {
   }
   template <int P>
   static void in_order(F[P]) {}
+  template <int P>
   __attribute__((always_inline)) static void fetch(const Element* p, i64, i64 line) {
-    prefetch(p + line * (64 / i64(sizeof(Element))));
+    prefetch(reinterpret_cast<const u8*>(p) + smaller(line * 64 + 64, P * kLanes * i64(sizeof(Element))) - 1);
   }
 };
 using F32 = Floats<float>;
@@ -204,8 +206,9 @@ struct Bf16 {
   static void in_order(F sums[P]) {
     for (int v = 0; v < P; v += 2) unzip_quads(sums[v], sums[v + 1]);
   }
+  template <int P>
   __attribute__((always_inline)) static void fetch(const Element* p, i64 n_out, i64 line) {
-    prefetch(p + line % 2 * n_out + line / 2 * 32);
+    prefetch(reinterpret_cast<const u8*>(p + line % 2 * n_out + line / 2 * 32) + 63);
   }
 };
 
@@ -415,7 +418,7 @@ template <typename T, int P>
 constexpr i64 kLines = (P * kLanes * T::kUnit * i64(sizeof(typename T::Element)) + 63) / 64;
 template <typename T, int P>
 __attribute__((always_inline)) inline void fetch_unit(const typename T::Element* p, i64 n_out) {
-  for (i64 line = 0; line < kLines<T, P>; line++) T::fetch(p, n_out, line);
+  for (i64 line = 0; line < kLines<T, P>; line++) T::template fetch<P>(p, n_out, line);
 }
 
 // Inputs at a time where the file's pages count: so many stretches of it are read side by side.
@@ -509,14 +512,14 @@ void in_out_half(const Linear& l, int half, i64 begin, i64 end, float* sums, flo
   }
 }
 
-// Many rows, where registers hold sums of four lines' width: some inputs' weights are taken as they stand, by one group
-// of rows after the other. They stay in the second cache meanwhile, and the next ones come.
+// Many rows, where registers hold 24 sums: some inputs' weights are taken as they stand, by one group of rows after the
+// other. They stay in the second cache meanwhile, and the next ones come.
 template <typename T>
 void in_out_straight(const Linear& l, i64 begin, i64 end, void* scratch) {
   using V = typename T::V;
-  constexpr int P = 4;
-  constexpr i64 kRows = 6, kUnits = 192, kMany = 512, kWidth = P * kLanes, kFetched = 2;
-  static_assert(2 * kMany * kWidth * 4 <= kScratch && kLines<T, P> % kFetched == 0);
+  constexpr int P = T::kUnit == 1 ? 3 : 4;  // (pairs of inputs come in pairs of registers)
+  constexpr i64 kRows = 24 / P, kUnits = 192, kMany = 512, kWidth = P * kLanes, kShare = kLines<T, P> / T::kUnit;
+  static_assert(2 * kMany * kWidth * 4 <= kScratch && kLines<T, P> % T::kUnit == 0);
   const i64 n_in = l.w->n_in, n_out = l.w->n_out, x_stride = T::stride(l), n_units = div_up(n_in, T::kUnit);
   const i64 cut = smaller(cut_of(*l.w) / T::kUnit, n_units);
   const auto* weights = reinterpret_cast<const typename T::Element*>(l.w->data);
@@ -525,7 +528,7 @@ void in_out_straight(const Linear& l, i64 begin, i64 end, void* scratch) {
     const i64 n = smaller(kWidth, end - o);
     for (i64 first_row = 0; first_row < l.n_rows; first_row += kMany) {
       const i64 n_rows = smaller(kMany, l.n_rows - first_row), groups = div_up(n_rows, kRows);
-      const i64 together = div_up(n_rows, groups), asking = smaller(groups, 4);  // groups that fetch
+      const i64 together = div_up(n_rows, groups), asking = smaller(groups, 2 * T::kUnit);  // groups that fetch
       if (cut == n_units) std::memset(sums + n_rows * kWidth, 0, size_t(n_rows * kWidth) * sizeof(float));
       for (i64 first = 0, units; first < n_units; first += units) {
         units = smaller(kUnits, (first < cut ? cut : n_units) - first);
@@ -535,7 +538,7 @@ void in_out_straight(const Linear& l, i64 begin, i64 end, void* scratch) {
         const auto* w = weights + first * T::kUnit * n_out + o;
         const auto* next = weights + (past < n_units ? past * T::kUnit * n_out + o : o + kWidth);
         for (i64 row = 0, group = 0; row < n_rows; row += together, group++) {
-          const i64 count = smaller(together, n_rows - row), line = group * kLines<T, P> / asking / kFetched * kFetched;
+          const i64 count = smaller(together, n_rows - row), line = group * T::kUnit / asking * kShare;
           const auto* x = T::input(l) + (first_row + row) * x_stride + first * T::kUnit;
           const auto add = [&](const auto& unit) {
             with_count<kRows>(count, [&](auto c) {
@@ -548,7 +551,7 @@ void in_out_straight(const Linear& l, i64 begin, i64 end, void* scratch) {
             add([&](i64 u, V out[P]) {
               T::template unit<P>(w + u * T::kUnit * n_out, n_out, out);
               if (group < asking)
-                for (i64 k = line; k < line + kFetched; k++) T::fetch(next + u * T::kUnit * n_out, n_out, k);
+                for (i64 k = line; k < line + kShare; k++) T::template fetch<P>(next + u * T::kUnit * n_out, n_out, k);
             });
           else
             add([&](i64 u, V out[P]) {
