@@ -513,8 +513,9 @@ void in_out_half(const Linear& l, int half, i64 begin, i64 end, float* sums, flo
 }
 
 // Many rows, where registers hold 24 sums: some inputs' weights are taken as they stand, by one group of rows after the
-// other. They stay in the second cache meanwhile, and the next ones come.
-template <typename T>
+// other. They stay in the second cache meanwhile, and the next ones come, `Across` lines with the first of each's,
+// which may be gone since the outputs before.
+template <typename T, bool Across>
 void in_out_straight(const Linear& l, i64 begin, i64 end, void* scratch) {
   using V = typename T::V;
   constexpr int P = T::kUnit == 1 ? 3 : 4;  // (pairs of inputs come in pairs of registers)
@@ -550,8 +551,9 @@ void in_out_straight(const Linear& l, i64 begin, i64 end, void* scratch) {
           if (whole)
             add([&](i64 u, V out[P]) {
               T::template unit<P>(w + u * T::kUnit * n_out, n_out, out);
-              if (group < asking)
-                for (i64 k = line; k < line + kShare; k++) T::template fetch<P>(next + u * T::kUnit * n_out, n_out, k);
+              if (group >= asking) return;
+              if constexpr (Across) prefetch(next + u * n_out);
+              for (i64 k = line; k < line + kShare; k++) T::template fetch<P>(next + u * T::kUnit * n_out, n_out, k);
             });
           else
             add([&](i64 u, V out[P]) {
@@ -621,10 +623,14 @@ void linear_dense(const Linear& l, i64 begin, i64 end, void* scratch) {
 #endif
   if (l.w->order == Order::out_in) return linear_out_in<T>(l, begin, end);
   if (l.n_rows > kFew) {
-    if constexpr (kRegisters > 8)
-      return in_out_straight<T>(l, begin, end, scratch);
-    else
+    if constexpr (kRegisters > 8) {
+      constexpr bool kSingle = T::kUnit == 1;
+      const bool across = kSingle && l.n_rows > 8 && l.n_rows <= 24 && reinterpret_cast<std::uintptr_t>(l.w->data) % 64;
+      if (across) return in_out_straight<T, kSingle>(l, begin, end, scratch);  // (fewer rows, and more, lose by it)
+      return in_out_straight<T, false>(l, begin, end, scratch);
+    } else {
       return in_out_many<T>(l, begin, end, scratch);
+    }
   }
   with_count<kFew>(l.n_rows, [&](auto count) {
     in_out_few<T, decltype(count)::value>(l, begin, end, static_cast<float*>(scratch));
