@@ -223,6 +223,17 @@ def test_packed_weights_are_kept_and_mapped(checkpoint_folder: Path, dtype: str,
     assert open_checkpoint(checkpoint_folder).tensors  # the source is as it was
 
 
+def test_vectors_lie_beside_packed_matrices(checkpoint_folder: Path) -> None:
+    """The source's own pages are not met again, of which 2 MB may come for each vector."""
+    weights = prepared(checkpoint_folder, "int8")
+    assert len({id(w.data.obj) for w in weights.values()}) == 1
+    checkpoint = open_checkpoint(checkpoint_folder)
+    tensors = model_for(checkpoint.config).resolve(checkpoint.tensors)
+    vectors = {name: w for name, w in weights.items() if isinstance(w, Dense)}
+    assert vectors
+    assert all(bytes(w.data) == bytes(tensors[name].data) for name, w in vectors.items())
+
+
 @pytest.mark.parametrize("place", ["data", "header", "end", "empty", "bare"])
 def test_a_damaged_cache_file_is_noticed_and_rebuilt(
     checkpoint_folder: Path, tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
