@@ -129,11 +129,11 @@ def prepare(
         from pronghorn.machine import usable_processors
 
         few = sum(todo.values()) <= SMALL  # such as norms: to start threads would take longer than they do
-        small = {name: packed_bytes(parameters[name], plan[name]) for name in data}
+        small = {n: packed_bytes(parameters[n], plan[n]) for n in data if parameters[n].kind != "matrix"}
         if keep and not few and 8 * sum(small.values()) < sum(todo.values()):
             # So that a token meets one file: of each place that is read in another, the system may map 2 MB.
             todo |= small
-            data.clear()
+            data = {name: view for name, view in data.items() if name not in small}
         jobs = Jobs(parameters, tensors, plan, todo, 1 if few else threads or usable_processors())
         data |= jobs.in_memory() if few or not keep else jobs.cached(checkpoint, dtype)
     return {name: weight(parameters[name], plan[name], data[name]) for name in plan}
